@@ -1,0 +1,1 @@
+"""The TorchServe handler that travels inside every archive."""

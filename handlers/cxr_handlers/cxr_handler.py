@@ -1,0 +1,93 @@
+"""TorchServe handler for chest radiographs.
+
+It only carries bytes to :class:`cxr.engine.Engine`; decoding, preprocessing and the decision live
+there. One request is one encoded image in the body; the answer is one JSON object.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cxr.decode import DecodeLimits
+from cxr.engine import Engine, Prediction
+from cxr.errors import BadImageError, Rejection
+
+# Set by the serving process; without them the handler runs in any TorchServe.
+THREADS_ENV = "CXR_WORKER_THREADS"
+MAX_BYTES_ENV = "CXR_MAX_IMAGE_BYTES"
+MAX_PIXELS_ENV = "CXR_MAX_IMAGE_PIXELS"
+LOAD_ERROR_FILE_ENV = "CXR_LOAD_ERROR_FILE"
+
+
+class CxrHandler:
+    """Loads the model once per worker and answers its requests."""
+
+    engine: Engine
+
+    def initialize(self, context: Any) -> None:
+        """Load the model and answer a warm-up image.
+
+        Raises:
+            ModelLoadError: the archive does not fit together; TorchServe fails the worker. The
+                reason also goes to the file named by `CXR_LOAD_ERROR_FILE`, for the process that
+                watches over TorchServe.
+        """
+        try:
+            self.engine = Engine(
+                Path(context.system_properties["model_dir"]),
+                threads=int(os.environ.get(THREADS_ENV, "1")),
+                limits=_limits(os.environ),
+            )
+            self.engine.warm_up()
+        except BaseException as error:
+            if path := os.environ.get(LOAD_ERROR_FILE_ENV):
+                Path(path).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+            raise
+
+    def handle(self, rows: Sequence[Mapping[str, Any]], context: Any) -> list[str]:
+        """Answer a batch.
+
+        Args:
+            rows: one mapping per request with the body under `body` or `data`.
+            context: TorchServe's context; a bad image sets its own request's status only.
+
+        Returns:
+            One JSON object per request: `label`, `probabilities`, `positive`; or `reason` and
+            `error`.
+        """
+        answers = self.engine.predict([_body(row) for row in rows])
+        texts = []
+        for index, answer in enumerate(answers):
+            if isinstance(answer, BadImageError):
+                context.set_response_status(code=answer.reason.http_status, idx=index)
+            context.set_response_content_type(index, "application/json")
+            texts.append(_as_json(answer))
+        return texts
+
+
+def _limits(environment: Mapping[str, str]) -> DecodeLimits:
+    given = {
+        "max_bytes": environment.get(MAX_BYTES_ENV),
+        "max_pixels": environment.get(MAX_PIXELS_ENV),
+    }
+    return DecodeLimits(**{name: int(value) for name, value in given.items() if value})
+
+
+def _body(row: Mapping[str, Any]) -> bytes:
+    """The encoded image; TorchServe has already parsed a JSON body, which is no image."""
+    body = row.get("body", row.get("data", b""))
+    return bytes(body) if isinstance(body, (bytes, bytearray)) else str(body).encode()
+
+
+def _as_json(answer: Prediction | BadImageError) -> str:
+    if isinstance(answer, BadImageError):
+        return json.dumps({"reason": Rejection(answer.reason).value, "error": str(answer)})
+    return json.dumps(
+        {
+            "label": answer.label,
+            "probabilities": dict(answer.probabilities),
+            "positive": list(answer.positive),
+        }
+    )

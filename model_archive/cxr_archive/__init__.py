@@ -1,0 +1,1 @@
+"""Model to `.mar`: the packager and its checks."""
