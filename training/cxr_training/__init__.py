@@ -1,0 +1,1 @@
+"""Data to model: manifests, splits, features, heads, evaluation, export."""

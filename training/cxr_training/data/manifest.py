@@ -1,0 +1,214 @@
+"""The manifest: one row for each image, with all that training needs to know about it."""
+
+import hashlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import imagehash
+import pandas as pd
+from tqdm import tqdm
+
+from cxr.decode import decode
+from cxr.errors import BadImageError
+from cxr_training.data.errors import DataError
+from cxr_training.data.grouping import assign_groups
+from cxr_training.data.readers import Entry, Exclusion, Record, find_reader
+
+UNREADABLE = "unreadable"
+DUPLICATE = "byte-identical duplicate"
+CONFLICTING = "byte-identical with another label"
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = (
+    "path", "label", "source", "patient", "view", "sex", "age",
+    "sha256", "dhash", "group", "synthetic",
+)  # fmt: skip
+_NULLABLE_TEXT = ("patient", "view", "sex")
+_REQUIRED_TEXT = ("path", "label", "source", "sha256", "dhash", "group")
+_PATTERNS = {
+    "sex": r"[FM]",
+    "sha256": r"[0-9a-f]{64}",
+    "dhash": r"[0-9a-f]{64}",
+    "split": "|".join(SPLITS),
+}
+_DIGEST_COLUMNS = ["sha256", "label", "source", "patient", "group"]
+_HASH_SIZE = 16  # 16 x 16 differences: 256 bits
+
+
+@dataclass(frozen=True)
+class ManifestReport:
+    """A manifest, and what did not enter it.
+
+    Attributes:
+        frame: the manifest.
+        excluded: number of images left out, by reason.
+    """
+
+    frame: pd.DataFrame
+    excluded: dict[str, int]
+
+
+def build_manifest(
+    folders: Sequence[Path], *, layout: str = "auto", progress: bool = True
+) -> ManifestReport:
+    """Read data sets into one manifest, with groups.
+
+    Images that cannot be decoded are left out and counted. Of byte-identical images within a
+    source, the first by path stays; if their labels differ, none does.
+
+    Args:
+        folders: one folder for each data set.
+        layout: name of the layout of all folders, or `auto` to recognise each.
+        progress: draw a progress bar when stderr is a terminal.
+
+    Returns:
+        The manifest, ordered by source and path, without a `split` column.
+
+    Raises:
+        DataError: a folder is missing, has an unknown layout, or has no usable image.
+    """
+    if not folders:
+        raise DataError("Name at least one folder.")
+    entries = {folder: list(find_reader(folder, layout).read(folder)) for folder in folders}
+    excluded: Counter[str] = Counter()
+    rows: list[dict[str, object]] = []
+    total = sum(map(len, entries.values()))
+    with (
+        warnings.catch_warnings(),  # decoders in several threads leave the filters changed
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=total, desc="images", unit="image", disable=None if progress else True) as bar,
+    ):
+        for folder, found in entries.items():
+            usable = 0
+            for result in pool.map(_hashed, found):
+                bar.update()
+                if isinstance(result, Exclusion):
+                    excluded[result.reason] += 1
+                else:
+                    rows.append(result)
+                    usable += 1
+            if not usable:
+                raise DataError(f"{folder} holds no image that can be used.")
+    frame = _without_duplicates(pd.DataFrame(rows).sort_values(["source", "path"]), excluded)
+    if frame.empty:
+        raise DataError("No image is left: all have copies with another label.")
+    frame = frame.reset_index(drop=True)
+    frame["group"] = assign_groups(frame)
+    return ManifestReport(validate_manifest(frame), dict(sorted(excluded.items())))
+
+
+def _hashed(entry: Entry) -> dict[str, object] | Exclusion:
+    """A record with the hashes of its image."""
+    if isinstance(entry, Exclusion):
+        return entry
+    try:
+        data = entry.path.read_bytes()
+        image = decode(data)
+    except (BadImageError, OSError):
+        return Exclusion(path=entry.path, reason=UNREADABLE)
+    return _row(entry) | {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "dhash": str(imagehash.dhash(image.convert("L"), hash_size=_HASH_SIZE)),
+    }
+
+
+def _row(record: Record) -> dict[str, object]:
+    return asdict(record) | {"path": str(record.path.absolute())}
+
+
+def _without_duplicates(frame: pd.DataFrame, excluded: Counter[str]) -> pd.DataFrame:
+    same_bytes = frame.groupby(["source", "sha256"])
+    conflicting = same_bytes["label"].transform("nunique") > 1
+    duplicate = frame.duplicated(["source", "sha256"]) & ~conflicting
+    for reason, mask in ((CONFLICTING, conflicting), (DUPLICATE, duplicate)):
+        if mask.any():
+            excluded[reason] += int(mask.sum())
+    return frame[~conflicting & ~duplicate]
+
+
+def validate_manifest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Check a manifest and give its columns their fixed order and types.
+
+    Args:
+        frame: columns of `COLUMNS`, and `split` if images are assigned to splits.
+
+    Returns:
+        A copy: text as Python strings with None for null, `age` float64 in years, `synthetic`
+        bool, rows numbered from 0.
+
+    Raises:
+        DataError: a column is missing, empty where it must not be, or holds other values.
+    """
+    columns = [*COLUMNS, *(["split"] if "split" in frame else [])]
+    if missing := [column for column in columns if column not in frame]:
+        raise DataError(f"The manifest lacks the columns {', '.join(missing)}.")
+    if frame.empty:
+        raise DataError("The manifest has no rows.")
+    checked = frame[columns].reset_index(drop=True)
+    for column in columns:
+        if column in ("age", "synthetic"):
+            continue
+        text = checked[column].astype(object)
+        text = text.where(text.notna(), None)
+        if column not in _NULLABLE_TEXT and text.isna().any():
+            raise DataError(f"The manifest has rows without a value for '{column}'.")
+        known = text.dropna()
+        if not known.map(lambda value: isinstance(value, str)).all():
+            raise DataError(f"The manifest's column '{column}' must hold text.")
+        pattern = _PATTERNS.get(column)
+        if pattern and not known.str.fullmatch(pattern).all():
+            raise DataError(f"The manifest's column '{column}' holds values that do not belong.")
+        checked[column] = text
+    try:
+        checked["age"] = checked["age"].astype("float64")
+    except (TypeError, ValueError):
+        raise DataError("The manifest's column 'age' must hold years as numbers.") from None
+    if checked["synthetic"].dtype != bool:
+        raise DataError("The manifest's column 'synthetic' must hold true or false.")
+    return checked
+
+
+def write_manifest(frame: pd.DataFrame, path: Path) -> None:
+    """Write a manifest as Parquet; folders above `path` are made.
+
+    Raises:
+        DataError: the frame is not a valid manifest.
+        OSError: the file cannot be written.
+    """
+    checked = validate_manifest(frame)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checked.to_parquet(path, index=False)
+
+
+def read_manifest(path: Path) -> pd.DataFrame:
+    """Read a manifest that :func:`write_manifest` wrote.
+
+    Returns:
+        The manifest, as :func:`validate_manifest` describes it.
+
+    Raises:
+        DataError: no such file, not Parquet, or not a valid manifest.
+    """
+    if not path.is_file():
+        raise DataError(f"There is no manifest {path}; make one with 'cxr data manifest'.")
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError):  # pyarrow's errors are ValueErrors
+        raise DataError(f"{path} is not a Parquet file.") from None
+    return validate_manifest(frame)
+
+
+def manifest_digest(frame: pd.DataFrame) -> str:
+    """SHA-256 over what the manifest says about the images, in hexadecimal.
+
+    It covers file hash, label, source, patient and group, and depends neither on where the files
+    lie nor on the order of the rows.
+    """
+    table = frame[_DIGEST_COLUMNS].fillna("").sort_values(_DIGEST_COLUMNS)
+    text = table.to_json(orient="values", force_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
