@@ -245,7 +245,7 @@ def save_picture(results: Sequence[Result], path: Path, *, synthetic: bool) -> N
     """Draw the images with truth, label and probability."""
     columns = min(4, len(results))
     rows = -(-len(results) // columns)
-    figure = Figure(figsize=(3 * columns, 3.4 * rows), layout="tight")
+    figure = Figure(figsize=(3 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -264,10 +264,11 @@ def save_picture(results: Sequence[Result], path: Path, *, synthetic: bool) -> N
 
 def farewell(out: Path, picture: Path, seconds: float, *, synthetic: bool) -> None:
     """Say where things are, and what to type next."""
+    warning = "The model knows synthetic phantoms and nothing of real radiographs. " * synthetic
     print(
         f"""
-Done in {seconds:.0f} s. Research use only: this is not a medical device.
-{"The model was trained on synthetic phantoms and knows nothing of real radiographs." * synthetic}
+Done in {seconds:.0f} s. {warning}Research use only: this is not a medical device.
+
   archive   {out / "cxr.mar"}
   model     {out / "bundle"}  (ONNX graph and configuration)
   metrics   {out / "run" / "metrics.json"}
