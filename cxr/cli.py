@@ -32,8 +32,8 @@ class _Rooms(click.Group):
         except ModuleNotFoundError as error:
             raise click.ClickException(
                 f"This command needs the package {error.name!r}, which is not installed; "
-                'install the extras it belongs to, for instance: pip install "cxr-serve[training]" '
-                'or "cxr-serve[serving]".'
+                "install the extras it belongs to, for instance: "
+                'pip install "cxr-serve[training]", "cxr-serve[serving]" or "cxr-serve[signing]".'
             ) from error
 
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from cxr.decode import DEFAULT_LIMITS, DecodeLimits
-from cxr_server.settings import GRPC_PORT, METRICS_PORT, REST_PORT, Settings, available_cores
+from cxr_server.settings import (
+    GRPC_PORT,
+    METRICS_PORT,
+    REST_PORT,
+    Settings,
+    SignaturePolicy,
+    available_cores,
+)
 
 if TYPE_CHECKING:
     from cxr_server.main import Endpoints
@@ -23,6 +30,18 @@ _DEFAULTS = Settings()
 @click.option("--rest-port", default=REST_PORT, type=click.IntRange(0, 65535))
 @click.option("--grpc-port", default=GRPC_PORT, type=click.IntRange(0, 65535))
 @click.option("--metrics-port", default=METRICS_PORT, type=click.IntRange(0, 65535))
+@click.option(
+    "--signature-policy",
+    default=_DEFAULTS.signature_policy.value,
+    type=click.Choice([policy.value for policy in SignaturePolicy]),
+    help="Whether MODEL must be signed: not looked at, a warning in the log, or refused.",
+)
+@click.option(
+    "--verify-key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="PUB.pem",
+    help="Public key of who may sign MODEL.",
+)
 @click.option(
     "--workers",
     default=available_cores,
@@ -78,6 +97,8 @@ def serve(
     rest_port: int,
     grpc_port: int,
     metrics_port: int,
+    signature_policy: str,
+    verify_key: Path | None,
     workers: int,
     max_image_bytes: int,
     max_image_pixels: int,
@@ -103,12 +124,16 @@ def serve(
     from cxr_server.main import ServeError  # noqa: PLC0415
     from cxr_server.main import serve as run  # noqa: PLC0415
 
+    if signature_policy != SignaturePolicy.OFF and verify_key is None:
+        raise click.UsageError(f"--signature-policy {signature_policy} needs --verify-key PUB.pem.")
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings(
         host=host,
         rest_port=rest_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
+        signature_policy=SignaturePolicy(signature_policy),
+        verify_key=verify_key,
         workers=workers,
         limits=DecodeLimits(max_bytes=max_image_bytes, max_pixels=max_image_pixels),
         max_batch=max_batch,

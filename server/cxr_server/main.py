@@ -18,6 +18,7 @@ import uvloop
 
 from cxr.errors import ModelLoadError
 from cxr.mar import find_archive, verify
+from cxr_server.origin import checked_origin
 from cxr_server.rest import create_app
 from cxr_server.rpc import start_grpc
 from cxr_server.service import Service
@@ -55,11 +56,11 @@ def serve(path: Path, settings: Settings, on_ready: Callable[[Endpoints], None])
         ModelLoadError: the archive is not fit to be served.
         ServeError: an address is taken, or the model was lost while serving.
     """
-    archive = find_archive(path)
-    config = verify(archive)
-    log.info("serving %s %s with %d workers", config.name, config.version, settings.workers)
-    service = Service(TorchServe(archive, config, settings), config, settings)
-    uvloop.run(_serve(service, settings, on_ready))
+    with checked_origin(find_archive(path), settings) as archive:
+        config = verify(archive)
+        log.info("serving %s %s with %d workers", config.name, config.version, settings.workers)
+        service = Service(TorchServe(archive, config, settings), config, settings)
+        uvloop.run(_serve(service, settings, on_ready))
 
 
 async def _serve(

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from cxr.decode import DEFAULT_LIMITS, DecodeLimits
@@ -32,6 +33,14 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+class SignaturePolicy(StrEnum):
+    """What an archive without a good signature means."""
+
+    OFF = "off"
+    WARN = "warn"
+    ENFORCE = "enforce"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How the service runs.
@@ -39,6 +48,9 @@ class Settings:
     Attributes:
         host: address that REST, gRPC and metrics listen on.
         rest_port: 0 picks a free port, as for the other two.
+        signature_policy: `OFF` does not look at signatures; `WARN` serves and logs what is wrong;
+            `ENFORCE` refuses.
+        verify_key: public key that archives must be signed by; needed unless the policy is `OFF`.
         workers: processes that each hold the model; by default one per available core.
         limits: the largest image that is accepted.
         max_batch: images in one request, at most.
@@ -55,6 +67,8 @@ class Settings:
     rest_port: int = REST_PORT
     grpc_port: int = GRPC_PORT
     metrics_port: int = METRICS_PORT
+    signature_policy: SignaturePolicy = SignaturePolicy.OFF
+    verify_key: Path | None = None
     workers: int = field(default_factory=available_cores)
     limits: DecodeLimits = DEFAULT_LIMITS
     max_batch: int = 64

@@ -21,10 +21,10 @@ COMMANDS = ("archive", "data", "evaluate", "export", "predict", "serve", "train"
 WITHOUT_EXTRAS = """
 import sys
 for module in (
-    "aiohttp", "efficientnet_lite_pytorch", "geventhttpclient", "grpc", "imagehash", "kserve",
-    "matplotlib", "onnx", "onnxruntime", "orjson", "pandas", "prometheus_client", "pyarrow",
-    "scipy", "sklearn", "starlette", "tabulate", "torch", "tqdm", "tritonclient", "ts", "uvicorn",
-    "uvloop",
+    "aiohttp", "cryptography", "efficientnet_lite_pytorch", "geventhttpclient", "grpc",
+    "imagehash", "kserve", "matplotlib", "model_signing", "onnx", "onnxruntime", "orjson",
+    "pandas", "prometheus_client", "pyarrow", "scipy", "sklearn", "starlette", "tabulate", "torch",
+    "tqdm", "tritonclient", "ts", "uvicorn", "uvloop",
 ):
     sys.modules[module] = None
 from cxr.cli import main
