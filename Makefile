@@ -7,6 +7,9 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGE ?= cxr-serve:$(VERSION)
+BUILDER ?= docker build
 
 PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -17,17 +20,18 @@ PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(VENV)/.installed ## Make .venv (TORCH_INDEX=URL: also look for PyTorch there, e.g. a CPU build)
 
 # The stamp is written last, so an interrupted setup runs again. Modules are compiled when they are
 # first imported: most never are, and compiling all of them doubles the time.
-$(VENV)/.installed: pyproject.toml requirements/dev.txt
+$(VENV)/.installed: pyproject.toml requirements/dev.txt requirements/tools.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found; name one with PYTHON=PATH." >&2; exit 1; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(PIP) install --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement requirements/dev.txt
+	$(PIP) install --no-deps --requirement requirements/tools.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -47,6 +51,21 @@ test-unit: setup ## Run the unit tests
 .PHONY: test-integration
 test-integration: setup ## Run the tests that start real servers
 	$(PYTEST) tests/integration
+
+.PHONY: e2e
+e2e: setup ## Try everything on the cluster of KUBECONFIG (CONTRIBUTING.md: settings; ONLY=EXPRESSION: some of it)
+	$(PYTEST) tests/e2e $(if $(ONLY),-k "$(ONLY)")
+
+.PHONY: images
+images: ## Build the serving image (BUILDER="podman build"; BUILD_ARGS="--build-arg DEVICE=cuda ...")
+	$(BUILDER) --file server/Dockerfile --tag $(IMAGE) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) $(BUILD_ARGS) .
+
+.PHONY: push
+push: ## Push the serving image (REGISTRY=registry.example.org/team)
+	@test -n "$(REGISTRY)" || { echo "Name a registry: make push REGISTRY=registry.example.org/team" >&2; exit 1; }
+	docker tag $(IMAGE) $(REGISTRY)/$(IMAGE)
+	docker push $(REGISTRY)/$(IMAGE)
 
 .PHONY: lint
 lint: setup ## Check style, types and the arrows between packages
