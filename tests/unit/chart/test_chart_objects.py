@@ -450,7 +450,10 @@ def test_the_test_pods_script_is_python(chart: Chart) -> None:
         ((), ["port-forward", "/v1/models"]),
         (ROUTED, ["http://cxr.example.org/v1/models", "grpc.cxr.example.org"]),
         (("-f", str(CHART / "values" / "pvc.yaml")), ["https://cxr.example.org/v1/models"]),
-        (("-f", str(CHART / "values" / "canary.yaml")), ["x-cxr-track: canary", "0 % of the requests go to the canary"]),
+        (
+            ("-f", str(CHART / "values" / "canary.yaml")),
+            ["x-cxr-track: canary", "0 % of the requests go to the canary"],
+        ),
         (("-f", str(CHART / "values" / "keda-scale-to-zero.yaml")), ["503"]),
     ],
 )
