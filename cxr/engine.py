@@ -19,6 +19,13 @@ from cxr.preprocess import Preprocessing, load_tensor
 CONFIG_FILE = "cxr-model.json"
 SCHEMA_VERSION: Literal[1] = 1
 
+# What a serving process tells the handler in its workers, by environment variables. Without them
+# the handler runs in any TorchServe.
+THREADS_ENV = "CXR_WORKER_THREADS"
+MAX_BYTES_ENV = "CXR_MAX_IMAGE_BYTES"
+MAX_PIXELS_ENV = "CXR_MAX_IMAGE_PIXELS"
+LOAD_ERROR_FILE_ENV = "CXR_LOAD_ERROR_FILE"
+
 _SUM_TOLERANCE = 1e-3
 
 

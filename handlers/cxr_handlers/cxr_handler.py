@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from cxr.decode import DecodeLimits
-from cxr.engine import Engine, Prediction
-from cxr.errors import BadImageError, Rejection
-
-# Set by the serving process; without them the handler runs in any TorchServe.
-THREADS_ENV = "CXR_WORKER_THREADS"
-MAX_BYTES_ENV = "CXR_MAX_IMAGE_BYTES"
-MAX_PIXELS_ENV = "CXR_MAX_IMAGE_PIXELS"
-LOAD_ERROR_FILE_ENV = "CXR_LOAD_ERROR_FILE"
+from cxr.engine import (
+    LOAD_ERROR_FILE_ENV,
+    MAX_BYTES_ENV,
+    MAX_PIXELS_ENV,
+    THREADS_ENV,
+    Engine,
+    Prediction,
+)
+from cxr.errors import BadImageError
 
 
 class CxrHandler:
@@ -83,7 +84,7 @@ def _body(row: Mapping[str, Any]) -> bytes:
 
 def _as_json(answer: Prediction | BadImageError) -> str:
     if isinstance(answer, BadImageError):
-        return json.dumps({"reason": Rejection(answer.reason).value, "error": str(answer)})
+        return json.dumps({"reason": answer.reason.value, "error": str(answer)})
     return json.dumps(
         {
             "label": answer.label,

@@ -16,7 +16,6 @@ import prometheus_client
 import uvicorn
 import uvloop
 
-from cxr.errors import ModelLoadError
 from cxr.mar import find_archive, verify
 from cxr_server.origin import checked_origin
 from cxr_server.rest import create_app
@@ -197,6 +196,3 @@ def _metrics_server(service: Service, settings: Settings) -> Iterator[int]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-__all__ = ["Endpoints", "ModelLoadError", "ServeError", "serve"]

@@ -109,7 +109,7 @@ class _Endpoints:
     async def v2_server(self, _: Request) -> Response:
         return _json(
             {
-                "name": "cxr-serve",
+                "name": v2.SERVER_NAME,
                 "version": cxr.__version__,
                 "extensions": list(v2.EXTENSIONS),
             }

@@ -19,8 +19,6 @@ log = logging.getLogger(__name__)
 
 _PROTOCOL = "grpc"
 _SERVICE = "inference.GRPCInferenceService"
-
-
 # Not the calls that load and unload models, nor Triton's own.
 _METHODS = (
     "ServerLive",
@@ -49,7 +47,7 @@ class InferenceServicer:
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Name and version of this software."""
         return pb.ServerMetadataResponse(
-            name="cxr-serve", version=cxr.__version__, extensions=v2.EXTENSIONS
+            name=v2.SERVER_NAME, version=cxr.__version__, extensions=v2.EXTENSIONS
         )
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802

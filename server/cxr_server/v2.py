@@ -26,6 +26,7 @@ LABELS_PARAMETER = "labels"
 # Header of the binary tensor data extension: length of the JSON part, in bytes.
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 EXTENSIONS = ("binary_tensor_data",)
+SERVER_NAME = "cxr-serve"
 PLATFORM = "onnxruntime"
 
 _LENGTH = struct.Struct("<I")

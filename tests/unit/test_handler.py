@@ -6,13 +6,9 @@ from typing import Any
 
 import pytest
 
+from cxr.engine import LOAD_ERROR_FILE_ENV, MAX_BYTES_ENV, MAX_PIXELS_ENV
 from cxr.errors import ModelLoadError
-from cxr_handlers.cxr_handler import (
-    LOAD_ERROR_FILE_ENV,
-    MAX_BYTES_ENV,
-    MAX_PIXELS_ENV,
-    CxrHandler,
-)
+from cxr_handlers.cxr_handler import CxrHandler
 from support.bundles import LABELS, encoded_image, make_bundle
 
 

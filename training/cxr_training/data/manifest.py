@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +78,6 @@ def build_manifest(
     rows: list[dict[str, object]] = []
     total = sum(map(len, entries.values()))
     with (
-        warnings.catch_warnings(),  # decoders in several threads leave the filters changed
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=total, desc="images", unit="image", disable=None if progress else True) as bar,
     ):
