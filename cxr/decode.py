@@ -15,7 +15,7 @@ ACCEPTED = " or ".join(FORMATS)
 _MIB = 2**20
 
 # Pillow refuses more than twice its warning level by itself; that guard stays.
-_PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class DecodeLimits:
     def __post_init__(self) -> None:
         if self.max_bytes < 1 or self.max_pixels < 1:
             raise ValueError("decode limits must be positive")
-        if self.max_pixels > _PILLOW_MAX_PIXELS:
-            raise ValueError(f"max_pixels can be at most {_PILLOW_MAX_PIXELS}")
+        if self.max_pixels > PILLOW_MAX_PIXELS:
+            raise ValueError(f"max_pixels can be at most {PILLOW_MAX_PIXELS}")
 
 
 DEFAULT_LIMITS = DecodeLimits()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cxr.decode import DEFAULT_LIMITS, DecodeLimits
+from cxr.decode import DEFAULT_LIMITS, PILLOW_MAX_PIXELS, DecodeLimits
 from cxr_server.settings import (
     GRPC_PORT,
     METRICS_PORT,
@@ -58,7 +58,7 @@ _DEFAULTS = Settings()
 @click.option(
     "--max-image-pixels",
     default=DEFAULT_LIMITS.max_pixels,
-    type=click.IntRange(1),
+    type=click.IntRange(1, PILLOW_MAX_PIXELS),
     help="Largest decoded image, width times height.",
 )
 @click.option(

@@ -139,3 +139,11 @@ class TestArchive:
         result = run("archive", tmp_path / "missing", "--out", tmp_path / "cxr.mar")
         assert result.exit_code == 2
         assert "does not exist" in result.output
+
+
+def test_a_pixel_limit_above_pillows_own_is_a_usage_error(tmp_path: Path) -> None:
+    archive = tmp_path / "cxr.mar"
+    archive.touch()
+    result = CliRunner().invoke(main, ["serve", str(archive), "--max-image-pixels", "999999999"])
+    assert result.exit_code == 2
+    assert "--max-image-pixels" in result.output
