@@ -33,7 +33,8 @@ class _Rooms(click.Group):
             raise click.ClickException(
                 f"This command needs the package {error.name!r}, which is not installed; "
                 "install the extras it belongs to, for instance: "
-                'pip install "cxr-serve[training]", "cxr-serve[serving]" or "cxr-serve[signing]".'
+                'pip install "cxr-serve[training]", "cxr-serve[serving]", '
+                '"cxr-serve[torchserve]", "cxr-serve[signing]" or "cxr-serve[spark]".'
             ) from error
 
 

@@ -6,13 +6,21 @@ folder that training exports: :data:`CONFIG_FILE` and the graph that it names.
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from cxr.engine import CONFIG_FILE, SCHEMA_VERSION
-from cxr.errors import ModelLoadError
+from cxr.errors import ModelLoadError, Rejection
 from cxr.preprocess import Preprocessing
+from cxr.quality import PIXEL_REASONS, REASONS
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -44,6 +52,49 @@ class Graph(_Document):
     output: TensorSpec
 
 
+class ExplanationOutput(_Document):
+    """What the graph adds for heat maps.
+
+    Attributes:
+        switch: name of the graph's optional input, a truth value: false leaves the map out.
+        output: evidence for each class at each place, `[N, classes, rows, columns]`.
+        method: how it is made: `class-activation`, the exact share of each place in a linear
+            margin; `ablation`, the loss of probability without each place.
+    """
+
+    switch: str
+    output: TensorSpec
+    method: Literal["class-activation", "ablation"]
+
+
+class Guards(_Document):
+    """What tells that an image is not one that the model can judge.
+
+    Attributes:
+        output: scores of each image, `[N, scores]`.
+        scores: names of its columns: the reasons that they give.
+        limits: by reason, the score above which it is one.
+        passed: share of the validation images that pass all of them.
+        detected: by reason, the share found among copies of validation images made for it.
+    """
+
+    output: TensorSpec
+    scores: tuple[Rejection, ...]
+    limits: dict[Rejection, float]
+    passed: Probability
+    detected: dict[Rejection, Probability]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.output.shape != (-1, len(self.scores)):
+            raise ValueError("guards.output.shape must be -1 and the number of scores")
+        if sorted(self.scores) != sorted(set(REASONS) - set(PIXEL_REASONS)):
+            raise ValueError("guards.scores must be the reasons that pixels do not tell")
+        if set(self.limits) != set(REASONS):
+            raise ValueError("guards.limits must have exactly one entry for each reason")
+        return self
+
+
 class Architecture(_Document):
     """What the graph is made of."""
 
@@ -61,21 +112,62 @@ class Interval(_Document):
     high: float
 
 
+class OperatingPoint(_Document):
+    """One class at the decision "present if its probability reaches the threshold"."""
+
+    threshold: Probability
+    sensitivity: Interval | None
+    specificity: Interval | None
+    precision: Interval | None
+
+
 class ClassMetrics(_Document):
-    """One class against the rest, at the argmax decision."""
+    """One class against the rest: at the most probable class, over all thresholds, and at one.
+
+    A figure that is not defined, such as the precision of a class that was never predicted, is
+    `None`.
+    """
 
     support: Annotated[int, Field(ge=0)]
-    sensitivity: Probability | None
-    specificity: Probability | None
-    precision: Probability | None
-    f1: Probability | None
-    roc_auc: Probability | None
+    sensitivity: Interval | None
+    specificity: Interval | None
+    precision: Interval | None
+    f1: Interval | None
+    roc_auc: Interval | None
+    average_precision: Interval | None
+    at_threshold: OperatingPoint | None = None
+
+
+class Subgroup(_Document):
+    """Figures of one part of the images.
+
+    `balanced_accuracy` and `macro_roc_auc` are `None` where there is one class only.
+    """
+
+    images: Annotated[int, Field(ge=1)]
+    groups: Annotated[int, Field(ge=1)]
+    labels: dict[Label, int]
+    accuracy: Interval
+    balanced_accuracy: Interval | None
+    macro_roc_auc: Interval | None
 
 
 class Metrics(_Document):
     """Evaluation on the test split.
 
-    `method` says how the intervals were made.
+    Attributes:
+        method: how decisions, figures and intervals were made.
+        balanced_accuracy: mean sensitivity over the classes that occur; also called macro recall.
+        macro_precision: mean over the classes; as for every macro figure, those without it are
+            left out.
+        macro_average_precision: mean area under the precision-recall curves.
+        expected_calibration_error: of the most probable class, 0 to 1.
+        brier_score: summed over the classes, 0 to 2.
+        log_loss: mean negative log probability of the true class, in nats.
+        per_source: by data set.
+        per_sex: by sex; `per_age` by age band and `per_view` by projection. Each is empty where
+            nothing is known, and otherwise has an entry `unknown` for the rest.
+        confusion: images by true class (rows) and most probable class (columns).
     """
 
     split: Literal["test"]
@@ -84,9 +176,36 @@ class Metrics(_Document):
     method: str
     accuracy: Interval
     balanced_accuracy: Interval
+    macro_precision: Interval | None
+    macro_f1: Interval
+    macro_roc_auc: Interval | None
+    macro_average_precision: Interval | None
+    expected_calibration_error: Interval
+    brier_score: Interval
+    log_loss: Interval
     per_class: dict[Label, ClassMetrics]
-    per_source: dict[str, Interval]
+    per_source: dict[str, Subgroup]
+    per_sex: dict[str, Subgroup]
+    per_age: dict[str, Subgroup]
+    per_view: dict[str, Subgroup]
     confusion: tuple[tuple[int, ...], ...]
+
+
+class Calibration(_Document):
+    """How the graph's probabilities were calibrated, on the validation split.
+
+    Attributes:
+        method: `temperature`: the logits were divided by `temperature`, inside the graph.
+        log_loss_before: on the images that chose the temperature.
+        log_loss_after: on the same images; flattering, as they chose it.
+        threshold_rule: how the thresholds were chosen, in words.
+    """
+
+    method: Literal["temperature", "none"]
+    temperature: Annotated[float, Field(gt=0)]
+    log_loss_before: float
+    log_loss_after: float
+    threshold_rule: str
 
 
 class Source(_Document):
@@ -97,7 +216,11 @@ class Source(_Document):
 
 
 class TrainingData(_Document):
-    """Summary of the data that the model was made from."""
+    """Summary of the data that the model was made from.
+
+    Attributes:
+        excluded: images that were left out of the manifest, by reason; empty where nobody counted.
+    """
 
     synthetic: bool
     manifest_sha256: Sha256
@@ -107,6 +230,71 @@ class TrainingData(_Document):
     groups: Annotated[int, Field(ge=1)]
     splits: dict[str, int]
     seed: int
+    excluded: dict[str, int] = {}
+
+
+class Candidate(_Document):
+    """One graph that `cxr compile` tried, on the validation split.
+
+    Attributes:
+        name: `original`; `optimized`, by ONNX Runtime; `int8-S`, with the share S of its
+            convolutions left in float32.
+        accuracy: share of images whose most probable class is the true one.
+        labels_changed: images whose most probable class is not the original's.
+        difference_p95: of the largest change of a class probability, the 95th percentile.
+        difference_max: its largest.
+        flags_changed: images of which guards say something else; `None` where there are none.
+        milliseconds: processor time of one image on one thread, the median.
+        speedup: the original's time over this one's.
+        passed: whether it is within the limits.
+    """
+
+    name: str
+    accuracy: Probability
+    labels_changed: Annotated[int, Field(ge=0)]
+    difference_p95: Probability
+    difference_max: Probability
+    flags_changed: Annotated[int, Field(ge=0)] | None = None
+    milliseconds: Annotated[float, Field(gt=0)]
+    speedup: Annotated[float, Field(gt=0)]
+    passed: bool
+
+
+class Compilation(_Document):
+    """How the graph was compiled, and what was tried.
+
+    Attributes:
+        chosen: name of the graph in the bundle: the fastest that passed.
+        source_sha256: the graph that it was made from.
+        images: of the validation split.
+        accuracy_limit: share of accuracy that may be lost.
+        difference_limit: largest `difference_p95` that passes.
+        flags_limit: largest share of `flags_changed` that passes, where the model has guards.
+        candidates: all graphs, the original first.
+        execution_provider: ONNX Runtime's provider to prefer, where it is there.
+        onnxruntime: version that compiled.
+    """
+
+    chosen: str
+    source_sha256: Sha256
+    images: Annotated[int, Field(ge=1)]
+    accuracy_limit: Probability
+    difference_limit: Probability
+    flags_limit: Probability | None = None
+    candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)]
+    execution_provider: Literal["TensorrtExecutionProvider"] | None = None
+    onnxruntime: str
+
+    @property
+    def choice(self) -> Candidate:
+        """The candidate that was chosen."""
+        return next(one for one in self.candidates if one.name == self.chosen)
+
+    @model_validator(mode="after")
+    def _choice_passed(self) -> Self:
+        if not any(one.passed and one.name == self.chosen for one in self.candidates):
+            raise ValueError("chosen must name a candidate that passed")
+        return self
 
 
 class ModelConfig(_Document):
@@ -116,7 +304,14 @@ class ModelConfig(_Document):
         schema_version: version of this document's layout.
         labels: class names in the order of the graph's output.
         thresholds: per label, the probability from which that finding counts as present.
+        calibration: how the probabilities were calibrated; `None` where they were not.
+        explanation: what the graph adds for heat maps; `None` where it adds nothing.
+        guards: what the graph adds to judge an image's quality, likewise.
+        uncertain: per label, from which probability and below which one a decision is uncertain;
+            `None` where none is.
         versions: what produced the model (Python, torch, ...).
+        compilation: how the graph was compiled; `None` where training's own serves. The metrics are
+            those of training's graph.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -127,12 +322,21 @@ class ModelConfig(_Document):
     labels: Annotated[tuple[Label, ...], Field(min_length=2)]
     preprocessing: Preprocessing
     thresholds: dict[Label, Probability]
+    uncertain: dict[Label, tuple[Probability, Probability]] | None = None
+    calibration: Calibration | None = None
     graph: Graph
+    explanation: ExplanationOutput | None = None
+    guards: Guards | None = None
     intended_use: str
     limitations: Annotated[tuple[str, ...], Field(min_length=1)]
     training_data: TrainingData
     metrics: Metrics
     versions: dict[str, str]
+    compilation: Compilation | None = None
+
+    @field_serializer("preprocessing")
+    def _without_unused_steps(self, value: Preprocessing) -> dict[str, Any]:
+        return value.distinctive()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -155,11 +359,18 @@ class ModelConfig(_Document):
                 f"graph.output.shape is {list(self.graph.output.shape)}, "
                 f"but there are {len(self.labels)} labels"
             )
+        if self.uncertain is not None and set(self.uncertain) != set(self.labels):
+            raise ValueError("uncertain must have exactly one entry for each label")
+        explained = self.explanation and self.explanation.output.shape[:2]
+        if explained not in (None, (-1, len(self.labels))):
+            raise ValueError("explanation.output.shape must begin with -1 and the number of labels")
         return self
 
     def to_json(self) -> str:
         """The document as it stands in an archive: indented JSON with a final newline."""
-        return self.model_dump_json(indent=2) + "\n"
+        # Older releases read a configuration without it.
+        left_out = {"compilation"} if self.compilation is None else None
+        return self.model_dump_json(indent=2, exclude=left_out) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

@@ -1,18 +1,31 @@
 """Encoded bytes to pixels: the one decoder that training and serving share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base as _Tag
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as _PHOTOMETRIC
+from PIL.TiffImagePlugin import TiffImageFile
 
-from cxr.errors import BadImageError, Rejection
+from cxr.dicom import decode_dicom, is_dicom
+from cxr.errors import BadImageError, Rejection, too_many_pixels
 
-FORMATS = ("JPEG", "PNG")
-ACCEPTED = " or ".join(FORMATS)
+# Those that Pillow reads; DICOM is read by `cxr.dicom`.
+FORMATS = ("JPEG", "PNG", "TIFF")
+ACCEPTED = f"{', '.join(FORMATS)} or DICOM"
 
 _MIB = 2**20
+
+# Bits that a detector gives, as far as they need two bytes.
+_DEPTHS = (10, 12, 14, 16)
+
+# EXIF orientations in which width and height change places.
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
 # Pillow refuses more than twice its warning level by itself; that guard stays.
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -40,6 +53,20 @@ class DecodeLimits:
 DEFAULT_LIMITS = DecodeLimits()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """What a JPEG decoder may leave out because nobody would see it.
+
+    Attributes:
+        factor: from width and height of the upright image, in pixels, the number that each side
+            may be divided by: 1, 2, 4 or 8.
+        luma: leave out the colours.
+    """
+
+    factor: Callable[[int, int], int]
+    luma: bool
+
+
 def check_size(data: bytes | bytearray | memoryview, limits: DecodeLimits) -> None:
     """Refuse data that need not be decoded to be refused.
 
@@ -56,48 +83,74 @@ def check_size(data: bytes | bytearray | memoryview, limits: DecodeLimits) -> No
 
 
 def decode(
-    data: bytes | bytearray | memoryview, limits: DecodeLimits = DEFAULT_LIMITS
+    data: bytes | bytearray | memoryview,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    draft: Draft | None = None,
 ) -> Image.Image:
     """Decode one encoded radiograph.
 
-    EXIF orientation is applied. Sixteen-bit images are reduced to eight bits by their high byte.
-    Transparent pixels are laid on black, the background of a radiograph.
+    EXIF orientation is applied. Sixteen-bit images are reduced to eight by the highest of the bits
+    that they use. Transparent pixels are laid on black, the background of a radiograph. What
+    becomes of a DICOM file, :func:`cxr.dicom.decode_dicom` says.
 
     Args:
-        data: one JPEG or PNG file.
+        data: one JPEG, PNG, TIFF or DICOM file.
         limits: the largest image that is accepted.
+        draft: what may be left out of a JPEG file; `None` decodes all of it.
 
     Returns:
         An image in mode `L` (one channel) or `RGB`, 8 bits a channel.
 
     Raises:
-        BadImageError: empty, too large, not an image, another format, or damaged.
+        BadImageError: empty, too large, not an image, another format, damaged, or not one
+            radiograph of the chest as far as the file says what it is.
     """
     check_size(data, limits)
+    if is_dicom(data):
+        return decode_dicom(data, limits.max_pixels)
     try:
         image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise _too_many_pixels(limits) from None
+        raise too_many_pixels(limits.max_pixels) from None
     except UnidentifiedImageError:
         raise _unidentified(data) from None
     except Exception:  # a hostile header can raise anything; all of it is bad input
         raise _damaged() from None
     if image.width * image.height > limits.max_pixels:
-        raise _too_many_pixels(limits)
+        raise too_many_pixels(limits.max_pixels)
+    # A JPEG or PNG may hold a preview or an animation beside its picture; a TIFF's pages are
+    # pictures of equal right.
+    if isinstance(image, TiffImageFile) and image.is_animated:
+        raise BadImageError(
+            Rejection.MULTIPLE_FRAMES, "The TIFF file holds several pages; send one image a file."
+        )
     try:
+        if draft is not None and isinstance(image, JpegImageFile):
+            _reduce(image, draft)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _eight_bit(image)
-    except MemoryError:
+    except (BadImageError, MemoryError):
         raise
     except Exception:  # Pillow raises many types for damaged data
         raise _damaged() from None
 
 
+def _reduce(image: JpegImageFile, draft: Draft) -> None:
+    """Have the file decoded at a fraction of its size: the DCT's low frequencies only.
+
+    All of the file is read nevertheless, so the same damage is found.
+    """
+    width, height = image.size
+    on_its_side = image.getexif().get(_Tag.Orientation) in _ON_ITS_SIDE
+    factor = draft.factor(height, width) if on_its_side else draft.factor(width, height)
+    image.draft("L" if draft.luma else None, (max(1, width // factor), max(1, height // factor)))
+
+
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Any Pillow mode that JPEG and PNG produce, as `L` or `RGB`."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
+    """Any Pillow mode that the formats produce, as `L` or `RGB`."""
+    if image.mode.startswith(("I", "F")):
+        return _from_deep(image)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
@@ -107,11 +160,21 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _too_many_pixels(limits: DecodeLimits) -> BadImageError:
-    return BadImageError(
-        Rejection.TOO_MANY_PIXELS,
-        f"The image has more than {limits.max_pixels / 1e6:g} megapixels, the limit for one image.",
-    )
+def _from_deep(image: Image.Image) -> Image.Image:
+    """A grey image of more than eight bits, in mode `L`."""
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2 ** _DEPTHS[-1]:
+        raise BadImageError(
+            Rejection.UNSUPPORTED_FORMAT,
+            f"Images of more than {_DEPTHS[-1]} bits a channel are not accepted.",
+        )
+    # Detectors have 10 to 16 bits, and the file does not say how many: the fewest that hold the
+    # brightest pixel. An image of 12 bits would otherwise be nearly black.
+    depth = next(depth for depth in _DEPTHS if pixels.max() < 2**depth)
+    white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0
+    grey = (pixels >> (depth - 8)).astype(np.uint8)
+    # Pillow inverts such an image itself, but not one of 16 bits.
+    return Image.fromarray(255 - grey if white_is_zero else grey)
 
 
 def _damaged() -> BadImageError:
@@ -123,16 +186,13 @@ def _damaged() -> BadImageError:
 
 # First bytes of what people send by mistake, to name it in the answer.
 _KNOWN: tuple[tuple[int, bytes, str], ...] = (
-    (128, b"DICM", "DICOM"),
-    (0, b"II*\x00", "TIFF"),
-    (0, b"MM\x00*", "TIFF"),
     (0, b"GIF8", "GIF"),
     (0, b"BM", "BMP"),
     (0, b"%PDF", "PDF"),
     (8, b"WEBP", "WebP"),
     (4, b"ftyp", "HEIF or MP4"),
 )
-_SIGNATURES = (b"\xff\xd8", b"\x89PNG\r\n\x1a\n")
+_SIGNATURES = (b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"II*\x00", b"MM\x00*")
 
 
 def _unidentified(data: bytes | bytearray | memoryview) -> BadImageError:

@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cxr.answer import Answer, Options, Prediction, Stage, decide
 from cxr.decode import DEFAULT_LIMITS, DecodeLimits
-from cxr.errors import BadImageError, ModelLoadError
-from cxr.preprocess import Preprocessing, load_tensor
+from cxr.errors import BadImageError, ModelLoadError, Rejection
+from cxr.explain import explanation
+from cxr.preprocess import Loaded, Preprocessing, load, load_tensor
+from cxr.quality import judged, pixel_scores
 
 CONFIG_FILE = "cxr-model.json"
 SCHEMA_VERSION: Literal[1] = 1
@@ -29,37 +33,12 @@ LOAD_ERROR_FILE_ENV = "CXR_LOAD_ERROR_FILE"
 _SUM_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """The answer to one image.
+class _Row(NamedTuple):
+    """What the graph makes of one image: float32 arrays, or nothing."""
 
-    Attributes:
-        label: the most probable class.
-        probabilities: class name to probability, in the model's order; they sum to 1.
-        positive: the classes at or above their decision threshold.
-    """
-
-    label: str
-    probabilities: Mapping[str, float]
-    positive: tuple[str, ...]
-
-
-def decide(
-    probabilities: Sequence[float], labels: Sequence[str], thresholds: Mapping[str, float]
-) -> Prediction:
-    """Turn one row of probabilities into an answer.
-
-    Args:
-        probabilities: one number per label, in the labels' order.
-        labels: class names.
-        thresholds: per class, the probability from which it counts as present.
-    """
-    named = dict(zip(labels, (float(p) for p in probabilities), strict=True))
-    return Prediction(
-        label=max(named, key=named.__getitem__),
-        probabilities=named,
-        positive=tuple(label for label in labels if named[label] >= thresholds[label]),
-    )
+    probabilities: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32] | None
+    evidence: npt.NDArray[np.float32] | None
 
 
 class Engine:
@@ -82,8 +61,8 @@ class Engine:
             bundle: the folder with `cxr-model.json` and the graph.
             threads: threads that one forward pass may use.
             limits: the largest image that is accepted.
-            providers: ONNX Runtime execution providers; by default CUDA where it is available,
-                then CPU.
+            providers: ONNX Runtime execution providers; by default the one that the model was
+                compiled for, then CUDA, where they are available, then CPU.
 
         Raises:
             ModelLoadError: a file is missing, damaged, or does not fit the configuration.
@@ -107,7 +86,9 @@ class Engine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        wanted = providers or ("CUDAExecutionProvider", "CPUExecutionProvider")
+        compiled_for = (config.get("compilation") or {}).get("execution_provider")
+        usual = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        wanted = providers or ((compiled_for, *usual) if compiled_for else usual)
         usable = [name for name in wanted if name in ort.get_available_providers()]
         try:
             self._session = ort.InferenceSession(model, options, providers=usable)
@@ -116,13 +97,28 @@ class Engine:
         self.provider: str = self._session.get_providers()[0]
         self._input = graph["input"]["name"]
         self._output = graph["output"]["name"]
+        self._bands: dict[str, Sequence[float]] | None = config.get("uncertain")
+        self._guards: dict[str, Any] | None = config.get("guards")
+        self._explanation: dict[str, Any] | None = config.get("explanation")
         self._check_signature(graph)
 
     def _check_signature(self, graph: Mapping[str, Any]) -> None:
-        for actual, expected, kind in (
+        outputs = self._session.get_outputs()
+        checks = [
             (self._session.get_inputs(), graph["input"], "input"),
-            (self._session.get_outputs(), graph["output"], "output"),
-        ):
+            (outputs, graph["output"], "output"),
+        ]
+        if self._guards is not None:
+            checks.append((outputs, self._guards["output"], "output"))
+        if self._explanation is not None:
+            checks.append((outputs, self._explanation["output"], "output"))
+            optional = [value.name for value in self._session.get_overridable_initializers()]
+            if self._explanation["switch"] not in optional:
+                raise ModelLoadError(
+                    f"The graph has no optional input {self._explanation['switch']}, which the "
+                    "configuration names."
+                )
+        for actual, expected, kind in checks:
             found = {
                 a.name: (a.type, [d if isinstance(d, int) else -1 for d in a.shape]) for a in actual
             }
@@ -152,21 +148,86 @@ class Engine:
         """
         return np.asarray(self._session.run([self._output], {self._input: batch})[0])
 
-    def predict(self, images: Sequence[bytes]) -> list[Prediction | BadImageError]:
-        """Answer several images; a bad one is marked in its place and harms no other."""
-        answers: list[Prediction | BadImageError | None] = []
-        tensors = []
-        for data in images:
+    def predict(
+        self,
+        images: Sequence[bytes],
+        options: Sequence[Options] | None = None,
+    ) -> list[Answer]:
+        """Answer several images; a bad one is marked in its place and harms no other.
+
+        Args:
+            images: encoded images.
+            options: what is wanted of each; by default probabilities and, if the model has guards,
+                quality.
+        """
+        wanted = options or [Options()] * len(images)
+        answers: dict[int, Answer] = {}
+        good: list[tuple[int, Loaded, Options, dict[Stage, float]]] = []
+        for place, (data, option) in enumerate(zip(images, wanted, strict=True)):
+            start = time.perf_counter()
             try:
-                tensors.append(self.tensor(data))
-                answers.append(None)
+                image = load(data, self.preprocessing, self.limits)
             except BadImageError as error:
-                answers.append(error)
-        rows = iter(self.forward(np.stack(tensors)) if tensors else ())
-        return [
-            decide(next(rows), self.labels, self.thresholds) if answer is None else answer
-            for answer in answers
-        ]
+                answers[place] = error
+                continue
+            rest = time.perf_counter() - start - image.decode_seconds
+            seconds = {Stage.DECODE: image.decode_seconds, Stage.PREPROCESS: rest}
+            good.append((place, image, option, seconds))
+        start = time.perf_counter()
+        rows = self._rows(
+            [image for _, image, _, _ in good],
+            explain=any(option.explain for _, _, option, _ in good),
+            judge=any(option.quality for _, _, option, _ in good),
+        )
+        inference = time.perf_counter() - start
+        for (place, image, option, seconds), row in zip(good, rows, strict=True):
+            seconds[Stage.INFERENCE] = inference
+            answers[place] = self._answer(image, option, row, seconds)
+        return [answers[place] for place in range(len(images))]
+
+    def _rows(self, images: Sequence[Loaded], *, explain: bool, judge: bool) -> list[_Row]:
+        """What the graph makes of each image, in order."""
+        if not images:
+            return []
+        inputs = {self._input: np.stack([image.tensor for image in images])}
+        # What a name stands for in a row: the row's fields are in this order.
+        names: list[str | None] = [self._output, None, None]
+        if judge and self._guards is not None:
+            names[1] = self._guards["output"]["name"]
+        if explain and self._explanation is not None:
+            names[2] = self._explanation["output"]["name"]
+            inputs[self._explanation["switch"]] = np.asarray(True)
+        wanted = [name for name in names if name is not None]
+        found = dict(zip(wanted, self._session.run(wanted, inputs), strict=True))
+        nothing = [None] * len(images)
+        columns = [nothing if name is None else found[name] for name in names]
+        return [_Row(*values) for values in zip(*columns, strict=True)]
+
+    def _answer(
+        self, image: Loaded, options: Options, row: _Row, seconds: dict[Stage, float]
+    ) -> Prediction:
+        start = time.perf_counter()
+        probabilities = row.probabilities.tolist()
+        answer = decide(probabilities, self.labels, self.thresholds, self._bands)
+        if row.scores is not None and self._guards is not None and options.quality:
+            names = (Rejection(name) for name in self._guards["scores"])
+            scores = dict(zip(names, row.scores.tolist(), strict=True))
+            scores |= pixel_scores(image.image, self.preprocessing)
+            answer = replace(answer, quality=judged(scores, self._guards["limits"]))
+        answer = replace(answer, seconds=seconds)
+        seconds[Stage.POSTPROCESS] = time.perf_counter() - start
+        label = answer.label if options.explain is True else options.explain
+        if row.evidence is None or self._explanation is None or label not in self.labels:
+            return answer
+        explained = explanation(
+            image.image,
+            image.view,
+            row.evidence[self.labels.index(label)],
+            label=label,
+            method=self._explanation["method"],
+        )
+        seconds[Stage.EXPLAIN] = time.perf_counter() - start - seconds[Stage.POSTPROCESS]
+        return replace(answer, explanation=explained)
 
     def warm_up(self) -> Prediction:
         """Send one blank image through the whole path; the first call pays for allocations."""

@@ -16,6 +16,8 @@ from cxr.errors import ModelLoadError
 
 MANIFEST = "MAR-INF/MANIFEST.json"
 CHECKSUMS = "MAR-INF/cxr-checksums.json"
+# For people; nothing reads it. It stands beside the configuration, in bundle and archive.
+CARD_FILE = "MODEL_CARD.md"
 
 
 def verify(archive: Path) -> ModelConfig:

@@ -1,15 +1,16 @@
 """TorchServe handler for chest radiographs.
 
 It only carries bytes to :class:`cxr.engine.Engine`; decoding, preprocessing and the decision live
-there. One request is one encoded image in the body; the answer is one JSON object.
+there. One request is one encoded image in the body, and what else is wanted of it in the header
+`X-CXR-Options`; the answer is one JSON object.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cxr.answer import OPTIONS_HEADER, Options, answer_to_json
 from cxr.decode import DecodeLimits
 from cxr.engine import (
     LOAD_ERROR_FILE_ENV,
@@ -17,7 +18,6 @@ from cxr.engine import (
     MAX_PIXELS_ENV,
     THREADS_ENV,
     Engine,
-    Prediction,
 )
 from cxr.errors import BadImageError
 
@@ -55,16 +55,16 @@ class CxrHandler:
             context: TorchServe's context; a bad image sets its own request's status only.
 
         Returns:
-            One JSON object per request: `label`, `probabilities`, `positive`; or `reason` and
-            `error`.
+            One JSON object per request, as :func:`cxr.answer.answer_to_json` writes it.
         """
-        answers = self.engine.predict([_body(row) for row in rows])
+        options = [_options(context.get_all_request_header(index)) for index in range(len(rows))]
+        answers = self.engine.predict([_body(row) for row in rows], options)
         texts = []
         for index, answer in enumerate(answers):
             if isinstance(answer, BadImageError):
                 context.set_response_status(code=answer.reason.http_status, idx=index)
             context.set_response_content_type(index, "application/json")
-            texts.append(_as_json(answer))
+            texts.append(answer_to_json(answer))
         return texts
 
 
@@ -82,13 +82,12 @@ def _body(row: Mapping[str, Any]) -> bytes:
     return bytes(body) if isinstance(body, (bytes, bytearray)) else str(body).encode()
 
 
-def _as_json(answer: Prediction | BadImageError) -> str:
-    if isinstance(answer, BadImageError):
-        return json.dumps({"reason": answer.reason.value, "error": str(answer)})
-    return json.dumps(
-        {
-            "label": answer.label,
-            "probabilities": dict(answer.probabilities),
-            "positive": list(answer.positive),
-        }
-    )
+def _options(headers: Mapping[str, object]) -> Options:
+    """What the request's header asks for; without one that can be read, the defaults."""
+    for name, value in headers.items():
+        if name.lower() == OPTIONS_HEADER.lower():
+            try:
+                return Options.from_json(str(value))
+            except ValueError:
+                break
+    return Options()

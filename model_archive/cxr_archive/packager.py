@@ -10,12 +10,22 @@ from pathlib import Path
 import cxr
 from cxr.config import ModelConfig, load_config
 from cxr.engine import CONFIG_FILE, Engine
-from cxr.mar import CHECKSUMS, MANIFEST, digests
+from cxr.mar import CARD_FILE, CHECKSUMS, MANIFEST, digests
 
 HANDLER = "cxr_handler.py"
 MODEL_CONFIG = "model-config.yaml"
 # What the handler imports; everything else of `cxr` stays out of the worker.
-CORE_MODULES = ("__init__.py", "errors.py", "decode.py", "preprocess.py", "engine.py")
+CORE_MODULES = (
+    "__init__.py",
+    "errors.py",
+    "dicom.py",
+    "decode.py",
+    "preprocess.py",
+    "answer.py",
+    "explain.py",
+    "quality.py",
+    "engine.py",
+)
 TORCHSERVE_VERSION = "0.12.0"
 
 # The earliest moment that a zip can hold: archives carry no time, so equal input gives equal bytes.
@@ -30,7 +40,8 @@ def pack(bundle: Path, archive: Path) -> ModelConfig:
     all.
 
     Args:
-        bundle: folder with `cxr-model.json` and its graph, as `cxr export` writes it.
+        bundle: folder with `cxr-model.json`, its graph and, if it has one, its `MODEL_CARD.md`, as
+            `cxr export` writes it.
         archive: the file to write; its folder is made if needed.
 
     Returns:
@@ -57,6 +68,8 @@ def _files(bundle: Path, config: ModelConfig) -> dict[str, bytes]:
     files[MODEL_CONFIG] = resources.files("cxr_archive").joinpath(MODEL_CONFIG).read_bytes()
     files[CONFIG_FILE] = (bundle / CONFIG_FILE).read_bytes()
     files[config.graph.file] = (bundle / config.graph.file).read_bytes()
+    if (bundle / CARD_FILE).is_file():
+        files[CARD_FILE] = (bundle / CARD_FILE).read_bytes()
     files[MANIFEST] = _json_bytes(
         {
             "createdOn": datetime(*_EPOCH).strftime("%d/%m/%Y %H:%M:%S"),

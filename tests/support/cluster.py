@@ -27,38 +27,47 @@ def run(*command: str, stdin: str | None = None, check: bool = True, timeout: fl
     return done.stdout + done.stderr
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout: float = 120) -> float:
+def wait_for(
+    condition: Callable[[], object], what: str, timeout: float = 120, *, every: float = 0.5
+) -> float:
     """Wait until a condition holds; the seconds that it took."""
     start = time.monotonic()
     while time.monotonic() - start < timeout:
         if condition():
             return time.monotonic() - start
-        time.sleep(0.5)
+        time.sleep(every)
     raise AssertionError(f"after {timeout:g} s: no {what}")
 
 
 class Namespace:
-    """One namespace, with the chart's release `cxr` in it."""
+    """One namespace, with a release of the chart in it."""
 
-    release = "cxr"
-    predictor = "cxr-cxr-serve-predictor"
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, release: str = "cxr") -> None:
         self.name = name
+        self.release = release
+        self.service = f"{release}-cxr-serve"
+        self.predictor = f"{self.service}-predictor"
 
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
         return run("kubectl", "-n", self.name, *arguments, stdin=stdin, check=check)
+
+    def execute(self, *command: str) -> str:
+        """Run a command in a pod of the predictor; what it printed."""
+        # Of a Deployment, kubectl may choose a pod that is ending.
+        pod = self.pods()[0]["metadata"]["name"]
+        return self.kubectl("exec", pod, "-c", "kserve-container", "--", *command)
 
     def get(self, *what: str) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self.kubectl("get", *what, "-o", "json"))
         return answer
 
-    def pods(self, deployment: str = predictor) -> list[dict[str, Any]]:
+    def pods(self, deployment: str | None = None) -> list[dict[str, Any]]:
         """The pods of a predictor, those that end left out."""
-        items: list[dict[str, Any]] = self.get("pods", "-l", f"app=isvc.{deployment}")["items"]
+        label = f"app=isvc.{deployment or self.predictor}"
+        items: list[dict[str, Any]] = self.get("pods", "-l", label)["items"]
         return [pod for pod in items if "deletionTimestamp" not in pod["metadata"]]
 
-    def ready_pods(self, deployment: str = predictor) -> list[str]:
+    def ready_pods(self, deployment: str | None = None) -> list[str]:
         return [
             pod["metadata"]["name"]
             for pod in self.pods(deployment)
@@ -76,11 +85,20 @@ class Namespace:
     def upgrade(self, *values: str, flags: Sequence[str] = ()) -> None:
         self.helm("upgrade", "--reset-then-reuse-values", *flags, values=values)
 
-    def rolled_out(self, deployment: str = predictor, timeout: int = 180) -> None:
+    def rolled_out(self, timeout: int = 280) -> None:
         """Wait until every replica is of the newest revision and ready."""
         # KServe turns the InferenceService into a Deployment a moment later.
         time.sleep(2)
-        self.kubectl("rollout", "status", f"deploy/{deployment}", f"--timeout={timeout}s")
+        said = self.kubectl(
+            "rollout", "status", f"deploy/{self.predictor}", f"--timeout={timeout}s", check=False
+        )
+        if "successfully rolled out" not in said:
+            pods = self.kubectl("describe", "pods", "-l", f"app=isvc.{self.predictor}")
+            raise AssertionError(f"{said}\n{pods}")
+
+    def events(self, pod: str) -> str:
+        """What the cluster says of a pod."""
+        return self.kubectl("get", "events", "--field-selector", f"involvedObject.name={pod}")
 
 
 class Gateway:

@@ -1,4 +1,4 @@
-"""Starts the real `cxr serve`, TorchServe and all, and looks at it from outside."""
+"""Starts the real `cxr serve`, workers and all, and looks at it from outside."""
 
 import contextlib
 import json
@@ -71,11 +71,24 @@ class Server:
         return psutil.Process(self.pid).children(recursive=True)
 
     def workers(self) -> list[psutil.Process]:
-        """TorchServe's worker processes, in order of their number."""
-        return sorted(_running(self.tree(), "model_service_worker"), key=lambda worker: worker.pid)
+        """The worker processes of either runtime, in order of their number."""
+        words = ("model_service_worker", "cxr_server/worker.py")
+        tree = self.tree()
+        found = [process for word in words for process in _running(tree, word)]
+        return sorted(found, key=lambda worker: worker.pid)
 
     def worker_pids(self) -> list[int]:
         return [worker.pid for worker in self.workers()]
+
+    def left(self) -> list[psutil.Process]:
+        """Processes that it has started, also after its end: each has its temporary folder."""
+        return [process for process in psutil.process_iter() if self._started(process)]
+
+    def _started(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            folder = process.environ().get("TMPDIR", "")
+            return process.pid != self.pid and folder.startswith(str(self.folder))
+        return False
 
     def java(self) -> psutil.Process:
         """TorchServe itself."""

@@ -39,7 +39,10 @@ handler = CxrHandler()
 handler.initialize(SimpleNamespace(system_properties={"model_dir": folder}))
 data = open(image, "rb").read()
 np.save(tensor, cxr.preprocess.load_tensor(data, handler.engine.preprocessing))
-context = SimpleNamespace(set_response_content_type=lambda index, kind: None)
+context = SimpleNamespace(
+    get_all_request_header=lambda index: {},
+    set_response_content_type=lambda index, kind: None,
+)
 print(handler.handle([{"body": data}], context)[0])
 """
 
@@ -98,8 +101,10 @@ def test_the_archive_alone_gives_the_same_tensor_and_answer(
     assert tensor.dtype == expected.dtype
     np.testing.assert_array_equal(tensor, expected)
     prediction = Engine(bundle).predict([image])[0]
+    assert answer.pop("seconds")
     assert answer == {
         "label": prediction.label,
         "probabilities": prediction.probabilities,
         "positive": list(prediction.positive),
+        "decisions": prediction.decisions,
     }

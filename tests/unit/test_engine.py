@@ -1,6 +1,10 @@
 """Loading a bundle, and answering images with it."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +15,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from cxr.answer import Prediction, Stage, decide
 from cxr.config import file_sha256
 from cxr.decode import DecodeLimits
-from cxr.engine import CONFIG_FILE, Engine, Prediction, decide
+from cxr.engine import CONFIG_FILE, Engine
 from cxr.errors import BadImageError, ModelLoadError, Rejection
 from support.bundles import LABELS, encoded_image, graph_bytes, make_bundle
 
@@ -33,6 +38,17 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     change(document)
     path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def test_onnx_runtime_tells_nobody(bundle: Path, tmp_path: Path) -> None:
+    """Its telemetry would leave a session file in the temporary folder, and open connections."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    environment = os.environ | {"TMPDIR": str(folder)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    code = f"import pathlib, cxr.engine; cxr.engine.Engine(pathlib.Path({str(bundle)!r})).warm_up()"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list(folder.iterdir()) == []
 
 
 def replace_graph(bundle: Path, graph: bytes) -> None:
@@ -192,3 +208,21 @@ class TestLoad:
         replace_graph(bundle, model.SerializeToString())
         with pytest.raises(ModelLoadError, match="non-finite"):
             Engine(bundle).warm_up()
+
+
+def test_an_answer_says_how_long_its_steps_took(bundle: Path) -> None:
+    image = encoded_image(1)
+    start = time.perf_counter()
+    first, bad, second = Engine(bundle).predict([image, b"", image])
+    took = time.perf_counter() - start
+    assert isinstance(bad, BadImageError)
+    for answer in (first, second):
+        assert isinstance(answer, Prediction)
+        assert set(answer.seconds) == {
+            Stage.DECODE,
+            Stage.PREPROCESS,
+            Stage.INFERENCE,
+            Stage.POSTPROCESS,
+        }
+        assert all(seconds > 0 for seconds in answer.seconds.values())
+        assert sum(answer.seconds.values()) < took

@@ -17,8 +17,12 @@ class Context:
 
     def __init__(self, model_dir: Path) -> None:
         self.system_properties = {"model_dir": str(model_dir)}
+        self.headers: dict[str, str] = {}
         self.statuses: dict[int, int] = {}
         self.content_types: dict[int, str] = {}
+
+    def get_all_request_header(self, idx: int) -> dict[str, object]:  # noqa: ARG002
+        return {"body": {"content-type": "application/octet-stream"}, **self.headers}
 
     def set_response_status(self, code: int, idx: int) -> None:
         self.statuses[idx] = code
@@ -38,20 +42,34 @@ def handle(context: Context, *rows: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(text) for text in handler.handle(rows, context)]
 
 
+def untimed(answer: dict[str, Any]) -> dict[str, Any]:
+    """What of an answer is the same the next time."""
+    return {name: value for name, value in answer.items() if name != "seconds"}
+
+
 @pytest.mark.parametrize("field", ["body", "data"])
 @pytest.mark.parametrize("kind", [bytes, bytearray])
 def test_answers_an_image(context: Context, field: str, kind: type) -> None:
     (answer,) = handle(context, {field: kind(encoded_image())})
-    assert list(answer) == ["label", "probabilities", "positive"]
+    assert list(answer) == ["label", "probabilities", "positive", "decisions", "seconds"]
     assert tuple(answer["probabilities"]) == LABELS
+    assert all(0 <= spent < 60 for spent in answer["seconds"].values())
     assert context.content_types == {0: "application/json"}
     assert context.statuses == {}
+
+
+@pytest.mark.parametrize("options", ['{"explain": 3}', "[]", "no JSON"])
+def test_options_that_cannot_be_read_are_as_none(context: Context, options: str) -> None:
+    (expected,) = handle(context, {"body": encoded_image()})
+    context.headers["x-cxr-options"] = options
+    (answer,) = handle(context, {"body": encoded_image()})
+    assert untimed(answer) == untimed(expected)
 
 
 def test_a_bad_image_sets_its_own_status_only(context: Context) -> None:
     image = encoded_image()
     answers = handle(context, {"body": image}, {"body": b"GIF89a"}, {"body": image}, {"body": b""})
-    assert answers[0] == answers[2]
+    assert untimed(answers[0]) == untimed(answers[2])
     assert answers[1]["reason"] == "unsupported_format"
     assert "GIF" in answers[1]["error"]
     assert answers[3]["reason"] == "empty"
