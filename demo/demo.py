@@ -19,18 +19,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest
 from kserve.inference_client import RESTConfig
 from matplotlib.figure import Figure
 from PIL import Image
+from steps import CXR, cxr, load_json, step
 from tabulate import tabulate
 
-from cxr.engine import Engine, Prediction
+from cxr.answer import Prediction
+from cxr.engine import Engine
 from cxr_training.data import read_manifest
 
-CXR = str(Path(sys.executable).with_name("cxr"))
 TOLERANCE = 1e-4
 PER_CLASS = 4
 STOP_SECONDS = 60
@@ -73,7 +73,9 @@ def main() -> int:
     step("Reading the images into a manifest: hashes, near-duplicates, groups")
     cxr("data", "manifest", data, "--out", out / "manifest.parquet")
     step("Training: frozen features, logistic regression, split by patient")
-    cxr("train", "--manifest", out / "manifest.parquet", "--out", out / "run")
+    # One collection, and no other hospital to be robust for.
+    recipe = ("--recipe", "lite0-frozen")
+    cxr("train", "--manifest", out / "manifest.parquet", *recipe, "--out", out / "run")
     cxr("evaluate", out / "run")
     step("Exporting one ONNX graph with its configuration")
     cxr("export", out / "run", "--out", out / "bundle")
@@ -105,24 +107,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--patients", type=int, default=40, help="phantom patients per class")
     parser.add_argument("--min-accuracy", type=float, default=0.0, help="fail below this")
     return parser.parse_args()
-
-
-def step(title: str) -> None:
-    """Print a heading."""
-    print(f"\n== {title}", flush=True)
-
-
-def cxr(*arguments: object) -> None:
-    """Show a `cxr` command, and run it; a failure ends the demo."""
-    words = [str(argument) for argument in arguments]
-    print(f"$ cxr {shlex.join(words)}", flush=True)
-    if code := subprocess.run([CXR, *words], check=False).returncode:
-        sys.exit(code)
-
-
-def load_json(path: Path) -> Any:
-    """A JSON file's content."""
-    return json.loads(path.read_bytes())
 
 
 def choose_cases(manifest: Path, folder: Path | None) -> list[Case]:

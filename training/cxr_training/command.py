@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+# Here, and not beside the recipes: those need pydantic and YAML, and `--help` must be quick.
+DEFAULT_RECIPE = "robust"
+
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -17,7 +20,12 @@ seed_option = click.option(
 )  # fmt: skip
 layout_option = click.option(
     "--layout", default="auto", show_default=True,
-    help="How the folders are laid out: auto, ozturk, cohen, cxnet, phantom or folder-per-class.",
+    help="How the folders are laid out: auto, ozturk, cohen, cxnet, chowdhury, dicom, phantom or "
+    "folder-per-class.",
+)  # fmt: skip
+task_option = click.option(
+    "--task", default="three-class", show_default=True,
+    help="Classes to make of the findings: covid, abnormal, three-class or four-class.",
 )  # fmt: skip
 
 

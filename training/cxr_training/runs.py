@@ -3,68 +3,127 @@
 | file | content |
 |---|---|
 | `manifest.parquet` | the manifest, with the column `split` |
-| `head.npz` | `labels` (text), `thresholds` `[classes]`, `weight` `[classes, features]`, `bias` `[classes]`, float64 |
+| `head.npz` | `thresholds` `[classes]`, float64, and the arrays of the head (:meth:`cxr_training.heads.Head.state`) |
+| `guards.npz` | arrays of the guards (:meth:`cxr_training.guards.Guards.state`), if there are any |
+| `backbone.pt` | state dict of the feature extractor, if it was fine-tuned |
 | `metrics.json` | metrics of the test split (:class:`cxr.config.Metrics`) |
 | `run.json` | everything else (:class:`RunRecord`) |
 """  # noqa: E501 - a table
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from cxr.config import Label, Metrics, ModelName, ModelVersion, Sha256, TrainingData
 from cxr.preprocess import Preprocessing
-from cxr_training.backbones import Backbone, create_backbone
+from cxr_training.backbones import Backbone, combine, create_backbone, read_state, retrained
 from cxr_training.data import read_manifest, write_manifest
 from cxr_training.errors import TrainingError
-from cxr_training.head import Head
+from cxr_training.guards import Guards, guards_from_state
+from cxr_training.heads import Head, head_from_state
+from cxr_training.recipes import Recipe
 
 MANIFEST_FILE = "manifest.parquet"
 HEAD_FILE = "head.npz"
+GUARDS_FILE = "guards.npz"
+BACKBONE_FILE = "backbone.pt"
 METRICS_FILE = "metrics.json"
 RUN_FILE = "run.json"
 
 _Document = TypeVar("_Document", bound=BaseModel)
 
 
-class Settings(BaseModel):
-    """What the user chose."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Settings(_Record):
+    """What the user chose.
+
+    Attributes:
+        name: the model's name.
+        version: the model's version.
+        seed: of splits, folds and whatever else is random.
+        split: `grouped` parts no patient; `random` is by image, as published studies do it.
+        tabular: whether age, sex and view were inputs beside the image.
+        recipe: what was trained and how.
+    """
 
     name: ModelName = "cxr"
     version: ModelVersion = "1.0"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    backbone: str = "efficientnet-lite0"
-    weights: str = "imagenet"
+    split: Literal["grouped", "random"] = "grouped"
+    tabular: bool = False
+    recipe: Recipe
 
 
-class HeadSelection(BaseModel):
-    """How the head's regularisation was chosen, by cross-validation on the training split.
+class HeadSelection(_Record):
+    """How the head's free parameters were chosen, by cross-validation on the training split.
 
     Attributes:
-        folds: number of folds, none of which parts a group.
-        c: the chosen inverse L2 strength.
-        log_loss: class-weighted, at that C, mean over the folds.
-        accuracy: at that C, mean over the folds; a little optimistic, as C was chosen on them.
+        kind: kind of head; `finetuned` where it was trained with the network.
+        folds: number of folds, none of which parts a group; 0 without cross-validation.
+        parameters: what was chosen, by name.
+        log_loss: weighted as in training, mean over the folds; of a fine-tuned network, on the
+            validation split.
+        accuracy: likewise; a little optimistic, as the parameters were chosen on the same images.
+        temperature: what the logits are divided by.
+        log_loss_before: on the validation split, without the temperature.
+        log_loss_after: on the validation split, with it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+    kind: str
     folds: int
-    c: float
+    parameters: dict[str, float]
     log_loss: float
     accuracy: float
+    temperature: float
+    log_loss_before: float
+    log_loss_after: float
 
 
-class RunRecord(BaseModel):
+class Epoch(_Record):
+    """One pass over the training split.
+
+    Attributes:
+        epoch: from 1.
+        training_loss: mean cross-entropy while training.
+        validation_loss: after the epoch.
+        validation_accuracy: after the epoch.
+        learning_rate: of the head, at the end of the epoch.
+    """
+
+    epoch: int
+    training_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    learning_rate: float
+
+
+class Ablation(_Record):
+    """Test accuracy with and without age, sex and view as inputs.
+
+    Attributes:
+        image: of the image alone.
+        image_and_tabular: of both.
+        tabular: of age, sex and view alone: what no radiograph was needed for.
+    """
+
+    image: float
+    image_and_tabular: float
+    tabular: float
+
+
+class RunRecord(_Record):
     """The content of `run.json`.
 
     Attributes:
@@ -72,18 +131,22 @@ class RunRecord(BaseModel):
         preprocessing: how images became tensors.
         backbone_fingerprint: identifies weights, pooling and preprocessing.
         labels: class names, in the order of the output.
-        head: how the head's regularisation was chosen.
+        head: how the head was chosen.
+        uncertain: grey zone of each class about its threshold.
+        history: epochs of fine-tuning.
+        ablation: what tabular inputs change, where they were asked for.
         training_data: summary of the manifest.
         versions: software that trained.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     settings: Settings
     preprocessing: Preprocessing
     backbone_fingerprint: Sha256
     labels: tuple[Label, ...]
     head: HeadSelection
+    uncertain: dict[Label, tuple[float, float]] | None = None
+    history: tuple[Epoch, ...] = ()
+    ablation: Ablation | None = None
     training_data: TrainingData
     versions: dict[str, str]
 
@@ -95,7 +158,9 @@ class Run:
     Attributes:
         record: settings, data summary, versions.
         frame: the manifest, with the column `split`.
-        head: the linear head.
+        head: the head, calibrated as the recipe says.
+        trained: state dict of a fine-tuned feature extractor; `None` where it stayed frozen.
+        guards: fitted on its features; `None` where there are none.
         thresholds: decision threshold of each class.
         metrics: metrics of the test split.
     """
@@ -103,6 +168,8 @@ class Run:
     record: RunRecord
     frame: pd.DataFrame
     head: Head
+    trained: Mapping[str, Tensor] | None = None
+    guards: Guards | None = None
     thresholds: dict[str, float]
     metrics: Metrics
 
@@ -112,11 +179,14 @@ class Run:
         Raises:
             TrainingError: its weights are gone, or are others now.
         """
-        settings = self.record.settings
-        backbone = create_backbone(settings.backbone, settings.weights)
+        recipe = self.record.settings.recipe
+        if self.trained is None:
+            backbone = recipe_backbone(recipe)
+        else:
+            backbone = retrained(recipe_backbone(recipe, "none"), self.trained, recipe.weights)
         if backbone.fingerprint != self.record.backbone_fingerprint:
             raise TrainingError(
-                f"The backbone {settings.backbone!r} with weights {settings.weights!r} is no "
+                f"The backbone {backbone.name!r} with weights {recipe.weights!r} is no "
                 "longer the one that this run was trained with; train again."
             )
         return backbone
@@ -124,6 +194,30 @@ class Run:
     def rows(self, split: str) -> pd.DataFrame:
         """The manifest's rows of one split."""
         return self.frame[self.frame["split"] == split]
+
+
+def recipe_backbone(recipe: Recipe, weights: str | None = None) -> Backbone:
+    """Build the feature extractor of a recipe, frozen.
+
+    Args:
+        recipe: the recipe.
+        weights: in place of the recipe's.
+
+    Raises:
+        TrainingError: an unknown network, or weights that are missing or do not fit.
+    """
+    return combine(
+        [
+            create_backbone(
+                settings.name,
+                weights or recipe.weights,
+                pooling=settings.pooling,
+                flip=recipe.flip,
+                preprocessing=recipe.preprocessing,
+            )
+            for settings in recipe.backbones
+        ]
+    )
 
 
 def save_run(run: Run, out: Path) -> None:
@@ -134,13 +228,12 @@ def save_run(run: Run, out: Path) -> None:
     """
     with staged(out) as folder:
         write_manifest(run.frame, folder / MANIFEST_FILE)
-        np.savez(
-            folder / HEAD_FILE,
-            labels=np.asarray(run.head.labels),
-            thresholds=np.asarray([run.thresholds[label] for label in run.head.labels]),
-            weight=run.head.weight,
-            bias=run.head.bias,
-        )
+        thresholds = np.asarray([run.thresholds[label] for label in run.head.labels])
+        np.savez(folder / HEAD_FILE, thresholds=thresholds, **run.head.state())  # type: ignore[arg-type]
+        if run.guards is not None:
+            np.savez(folder / GUARDS_FILE, **run.guards.state())  # type: ignore[arg-type]
+        if run.trained is not None:
+            torch.save(dict(run.trained), folder / BACKBONE_FILE)
         for name, document in ((METRICS_FILE, run.metrics), (RUN_FILE, run.record)):
             text = document.model_dump_json(indent=2) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
@@ -156,10 +249,14 @@ def load_run(folder: Path) -> Run:
     if not (folder / RUN_FILE).is_file():
         raise TrainingError(f"{folder} is not a run folder: it has no {RUN_FILE}.")
     head, thresholds = _read_head(folder / HEAD_FILE)
+    record = _read_document(folder / RUN_FILE, RunRecord)
+    finetuned = record.settings.recipe.finetune is not None
     return Run(
-        record=_read_document(folder / RUN_FILE, RunRecord),
+        record=record,
         frame=read_manifest(folder / MANIFEST_FILE),
         head=head,
+        trained=read_state(folder / BACKBONE_FILE) if finetuned else None,
+        guards=_read_guards(folder / GUARDS_FILE),
         thresholds=thresholds,
         metrics=_read_document(folder / METRICS_FILE, Metrics),
     )
@@ -183,12 +280,23 @@ def staged(out: Path) -> Iterator[Path]:
 def _read_head(path: Path) -> tuple[Head, dict[str, float]]:
     try:
         with np.load(path) as arrays:
-            labels = tuple(str(label) for label in arrays["labels"])
-            head = Head(labels=labels, weight=arrays["weight"], bias=arrays["bias"])
-            thresholds = dict(zip(labels, arrays["thresholds"].tolist(), strict=True))
-    except (OSError, ValueError, KeyError) as error:
+            state = dict(arrays)
+        head = head_from_state(state)
+        thresholds = dict(zip(head.labels, state["thresholds"].tolist(), strict=True))
+    except (OSError, ValueError, KeyError, IndexError) as error:
         raise TrainingError(f"{path} is missing or damaged; train again.") from error
     return head, thresholds
+
+
+def _read_guards(path: Path) -> Guards | None:
+    """The guards; none where the run has none, as before there were any."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as arrays:
+            return guards_from_state(dict(arrays))
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingError(f"{path} is damaged; train again.") from error
 
 
 def _read_document(path: Path, kind: type[_Document]) -> _Document:

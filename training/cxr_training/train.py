@@ -1,6 +1,8 @@
-"""Manifest to trained head: splits, features, regularisation, thresholds, metrics."""
+"""Manifest to run: splits, model, thresholds, metrics."""
 
+import contextlib
 import platform
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pandas as pd
 from pydantic import ValidationError
 
 from cxr.config import Metrics, Source, TrainingData
-from cxr_training.backbones import create_backbone
+from cxr_training.command import DEFAULT_RECIPE
 from cxr_training.data import (
+    EXCLUDED,
     SPLITS,
+    SplitKind,
     assign_splits,
     manifest_digest,
     read_manifest,
@@ -20,39 +24,56 @@ from cxr_training.data import (
 )
 from cxr_training.errors import TrainingError
 from cxr_training.evaluation import Split, SplitMetrics, evaluate_predictions
-from cxr_training.features import extract_features
-from cxr_training.head import choose_thresholds, fit_head
-from cxr_training.runs import HeadSelection, Run, RunRecord, Settings, save_run
+from cxr_training.guards import fit_guards
+from cxr_training.heads import fit_head
+from cxr_training.model import Model, fit_model, model_inputs, text
+from cxr_training.processes import is_first
+from cxr_training.recipes import Recipe, adapted, load_recipe
+from cxr_training.runs import Ablation, Run, RunRecord, Settings, save_run
+from cxr_training.tabular import tabular_inputs
+from cxr_training.thresholds import choose_thresholds, uncertain_bands
 
-_PACKAGES = ("cxr-serve", "numpy", "pandas", "pillow", "scikit-learn", "torch")
+_PACKAGES = ("cxr-serve", "numpy", "pandas", "pillow", "scikit-learn", "torch", "torchvision")
+
+CHECKPOINT_FILE = "checkpoint.pt"
 
 
 def train(
     manifest: pd.DataFrame | Path,
     out: Path,
     *,
+    recipe: Recipe | str | Path = DEFAULT_RECIPE,
     seed: int = 0,
-    backbone: str = "efficientnet-lite0",
-    weights: str = "imagenet",
+    backbone: str | None = None,
+    weights: str | None = None,
     name: str = "cxr",
     version: str = "1.0",
+    split: SplitKind = "grouped",
+    tabular: bool = False,
     cache: Path | None = None,
 ) -> Run:
-    """Train a classifier head on a frozen backbone and write a run folder.
+    """Train a classifier by a recipe and write a run folder.
 
-    The head and its regularisation come from the training split, the thresholds from the
-    validation split; the test split is used for the metrics alone.
+    The model comes from the training split; temperature and thresholds, and when fine-tuning
+    stops, from the validation split; the test split is used for the metrics alone.
 
     Args:
-        manifest: a manifest or its file. A column `split` is kept; without it, groups are assigned
+        manifest: a manifest or its file. A column `split` is kept; without it, images are assigned
             to splits by the seed.
         out: the run folder (:mod:`cxr_training.runs`).
+        recipe: a recipe, its name or its file.
         seed: of splits, folds and bootstrap; equal seeds give equal runs.
-        backbone: name of the backbone (:func:`cxr_training.backbones.backbone_names`).
-        weights: `imagenet`, `none`, or the path of a state dict.
+        backbone: name of one network, in place of the recipe's.
+        weights: `imagenet`, `none`, or the path of a state dict, in place of the recipe's.
         name: model name: lower-case letters, digits and hyphens.
         version: model version: one to three numbers with dots between.
+        split: `grouped`, or `random` by image, whose figures flatter.
+        tabular: give the head age, sex and view beside the features; such a run can be measured
+            and not exported.
         cache: folder for extracted features; `None` keeps none.
+
+    Started by `torchrun`, all processes train one network and the first one writes. A fine-tuning
+    that was killed goes on from the checkpoint in `out`.
 
     Returns:
         The run, as :func:`cxr_training.runs.load_run` would read it.
@@ -62,44 +83,70 @@ def train(
         DataError: the manifest is not valid, or too small to split.
         OSError: the run folder cannot be written.
     """
-    settings = _settings(name=name, version=version, seed=seed, backbone=backbone, weights=weights)
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = adapted(chosen, backbone=backbone, weights=weights)
+    settings = _settings(
+        name=name, version=version, seed=seed, split=split, tabular=tabular, recipe=chosen
+    )
+    if tabular and chosen.finetune is not None:
+        raise TrainingError("Age, sex and view can stand beside frozen features only.")
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; a run is written to a folder.")
     frame = read_manifest(manifest) if isinstance(manifest, Path) else validate_manifest(manifest)
-    frame = _with_splits(frame, seed)
-    extractor = create_backbone(backbone, weights)
-    features = extract_features(frame, extractor, cache=cache)
-    labels, groups = _text(frame["label"]), _text(frame["group"])
-    training, validation, test = ((frame["split"] == split).to_numpy() for split in SPLITS)
-    head, selection = fit_head(features[training], labels[training], groups[training], seed=seed)
-    thresholds = choose_thresholds(
-        head.predict_proba(features[validation]), labels[validation], head.labels
+    frame = _with_splits(frame, settings)
+    parts = {part: frame[frame["split"] == part] for part in SPLITS}
+    checkpoint = out / CHECKPOINT_FILE
+    model = fit_model(
+        chosen,
+        parts["train"],
+        parts["validation"],
+        seed=seed,
+        tabular=tabular,
+        cache=cache,
+        checkpoint=checkpoint,
     )
+    on_validation = model.predict_proba(parts["validation"], cache=cache)
+    names = text(parts["validation"]["label"])
+    thresholds = choose_thresholds(on_validation, names, model.head.labels)
     metrics = evaluate_predictions(
-        frame[test], head.predict_proba(features[test]), head.labels, seed=seed
+        parts["test"],
+        model.predict_proba(parts["test"], cache=cache),
+        model.head.labels,
+        seed=seed,
+        thresholds=thresholds,
     )
+    guards = None
+    if chosen.guards is not None and not tabular and is_first():
+        guards = fit_guards(
+            parts["train"],
+            parts["validation"],
+            model.backbone,
+            images=chosen.guards.images,
+            seed=seed,
+        )
     run = Run(
         record=RunRecord(
             settings=settings,
-            preprocessing=extractor.preprocessing,
-            backbone_fingerprint=extractor.fingerprint,
-            labels=head.labels,
-            head=HeadSelection(
-                folds=selection.folds,
-                c=selection.chosen,
-                log_loss=selection.log_loss[selection.chosen],
-                accuracy=selection.accuracy[selection.chosen],
-            ),
+            preprocessing=model.backbone.preprocessing,
+            backbone_fingerprint=model.backbone.fingerprint,
+            labels=model.head.labels,
+            head=model.selection,
+            uncertain=uncertain_bands(on_validation, names, model.head.labels, thresholds),
+            history=model.history,
+            ablation=_ablation(chosen, parts, model, seed, cache) if tabular else None,
             training_data=_summary(frame, seed),
-            versions={"python": platform.python_version()}
-            | {package: installed(package) for package in _PACKAGES},
+            versions=_versions(),
         ),
         frame=frame,
-        head=head,
+        head=model.head,
+        guards=guards,
+        trained=model.backbone.module.state_dict() if chosen.finetune else None,
         thresholds=thresholds,
         metrics=Metrics.model_validate(metrics.model_dump()),
     )
-    save_run(run, out)
+    if is_first():
+        save_run(run, out)
+        checkpoint.unlink(missing_ok=True)
     return run
 
 
@@ -119,7 +166,8 @@ def predict_proba(
     Raises:
         TrainingError: an image cannot be used, or the backbone's weights have changed.
     """
-    return run.head.predict_proba(extract_features(frame, run.backbone(), cache=cache))
+    features = model_inputs(frame, run.backbone(), tabular=run.record.settings.tabular, cache=cache)
+    return run.head.predict_proba(features)
 
 
 def evaluate(run: Run, *, split: Split = "test", cache: Path | None = None) -> SplitMetrics:
@@ -136,12 +184,34 @@ def evaluate(run: Run, *, split: Split = "test", cache: Path | None = None) -> S
     frame = run.rows(split)
     probabilities = predict_proba(run, frame, cache=cache)
     seed = run.record.settings.seed
-    return evaluate_predictions(frame, probabilities, run.head.labels, seed=seed, split=split)
+    return evaluate_predictions(
+        frame, probabilities, run.head.labels, seed=seed, split=split, thresholds=run.thresholds
+    )
 
 
-def _settings(*, name: str, version: str, seed: int, backbone: str, weights: str) -> Settings:
+def _ablation(
+    recipe: Recipe, parts: dict[str, pd.DataFrame], both: Model, seed: int, cache: Path | None
+) -> Ablation:
+    """Test accuracy of the image alone, of both, and of age, sex and view alone."""
+    training, test = parts["train"], parts["test"]
+    image = fit_model(recipe, training, parts["validation"], seed=seed, cache=cache)
+    labels, groups = text(training["label"]), text(training["group"])
+    head, _ = fit_head(tabular_inputs(training), labels, groups, seed=seed)
+    truth = text(test["label"])
+
+    def accuracy(labels: tuple[str, ...], probabilities: npt.NDArray[np.float64]) -> float:
+        return float((np.asarray(labels)[probabilities.argmax(axis=1)] == truth).mean())
+
+    return Ablation(
+        image=accuracy(image.head.labels, image.predict_proba(test, cache=cache)),
+        image_and_tabular=accuracy(both.head.labels, both.predict_proba(test, cache=cache)),
+        tabular=accuracy(head.labels, head.predict_proba(tabular_inputs(test))),
+    )
+
+
+def _settings(**chosen: object) -> Settings:
     try:
-        return Settings(name=name, version=version, seed=seed, backbone=backbone, weights=weights)
+        return Settings.model_validate(chosen)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise TrainingError(
@@ -149,11 +219,11 @@ def _settings(*, name: str, version: str, seed: int, backbone: str, weights: str
         ) from error
 
 
-def _with_splits(frame: pd.DataFrame, seed: int) -> pd.DataFrame:
+def _with_splits(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     if "split" not in frame:
-        return frame.assign(split=assign_splits(frame, seed=seed))
+        return frame.assign(split=assign_splits(frame, seed=settings.seed, kind=settings.split))
     parted = frame.groupby("group")["split"].nunique()
-    if (parted > 1).any():
+    if (parted > 1).any() and settings.split == "grouped":
         raise TrainingError(
             f"The manifest's splits part the group {parted.idxmax()!r}: one patient must not "
             "stand in two splits."
@@ -178,6 +248,7 @@ def _summary(frame: pd.DataFrame, seed: int) -> TrainingData:
         groups=int(frame["group"].nunique()),
         splits={split: int((frame["split"] == split).sum()) for split in SPLITS},
         seed=seed,
+        excluded=dict(frame.attrs.get(EXCLUDED, {})),
     )
 
 
@@ -185,5 +256,10 @@ def _counts(column: "pd.Series[str]") -> dict[str, int]:
     return {str(name): int(count) for name, count in column.value_counts().sort_index().items()}
 
 
-def _text(column: "pd.Series[str]") -> npt.NDArray[np.str_]:
-    return column.to_numpy(dtype=str)
+def _versions() -> dict[str, str]:
+    """What trained; torchvision is only needed for its own networks."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = installed(package)
+    return versions

@@ -64,6 +64,33 @@ def test_summary_for_people_and_for_programs(manifest):
     assert len(document["sha256"]) == 64
 
 
+def test_audit_for_people_and_for_programs(manifest):
+    text = run("audit", manifest, "--seed", 3)
+    assert text.exit_code == 0, text.output
+    for expected in ("phantom-clinic", "COVID-19", "same patient", "of 256 bits apart"):
+        assert expected in text.stdout
+    document = json.loads(run("audit", manifest, "--seed", 3, "--json").stdout)
+    assert document["seeds"] == [3, 4, 5, 6, 7]
+    assert document["total"]["patient"] <= document["total"]["any"]
+    assert set(document["by_label"]) == {"COVID-19", "No finding", "Pneumonia"}
+
+
+def test_manifest_and_split_for_another_task(phantom_tree, tmp_path):
+    path, out = tmp_path / "m.parquet", tmp_path / "s.parquet"
+    assert run("manifest", phantom_tree, "--task", "covid", "--out", path).exit_code == 0
+    assert set(read_manifest(path)["label"]) == {"COVID-19", "Other"}
+    assigned = run("split", path, "--kind", "random", "--out", out, "--json")
+    assert json.loads(assigned.stdout)["kind"] == "random"
+    frame = read_manifest(out)
+    assert (frame.groupby("group")["split"].nunique() > 1).any()
+
+
+def test_an_unknown_task_is_answered_with_the_known_ones(phantom_tree):
+    result = run("manifest", phantom_tree, "--task", "cats")
+    assert result.exit_code == 1
+    assert "Unknown task 'cats'; choose covid, abnormal, three-class, four-class." in result.stderr
+
+
 def test_split_prints_a_table_of_labels(manifest, tmp_path):
     result = run("split", manifest, "--out", tmp_path / "split.parquet")
     assert result.exit_code == 0
@@ -74,6 +101,7 @@ def test_split_prints_a_table_of_labels(manifest, tmp_path):
     "arguments",
     [
         ("summary", "nowhere.parquet"),
+        ("audit", "nowhere.parquet"),
         ("split", "nowhere.parquet", "--out", "out.parquet"),
         ("manifest", "nowhere"),
     ],
@@ -116,12 +144,12 @@ def test_usage_errors_exit_2(arguments):
 
 
 def test_an_unknown_layout_is_answered_with_the_known_ones():
-    result = run("manifest", ".", "--layout", "dicom")
+    result = run("manifest", ".", "--layout", "nifti")
     assert result.exit_code == 1
     assert "folder-per-class" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["phantoms", "manifest", "summary", "split"])
+@pytest.mark.parametrize("command", ["phantoms", "manifest", "summary", "audit", "split"])
 def test_help_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

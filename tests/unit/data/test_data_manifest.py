@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cxr_training.data import (
+    EXCLUDED,
     DataError,
     assign_groups,
     build_manifest,
@@ -127,13 +128,13 @@ def test_byte_identical_images_are_kept_once_in_a_source(tmp_path, make_image):
     assert report.excluded == {"byte-identical duplicate": 1}
 
 
-def test_byte_identical_images_of_two_labels_are_both_left_out(tmp_path, make_image):
+def test_byte_identical_images_of_two_findings_are_both_left_out(tmp_path, make_image):
     first = make_image(tmp_path / "set/COVID/1.jpg", 1)
     make_image(tmp_path / "set/Normal/2.jpg", 2)
     shutil.copy(first, tmp_path / "set/Normal/1.jpg")
     report = build_manifest([tmp_path / "set"])
     assert [Path(path).name for path in report.frame["path"]] == ["2.jpg"]
-    assert report.excluded == {"byte-identical with another label": 2}
+    assert report.excluded == {"byte-identical with another finding": 2}
 
 
 def test_no_folder():
@@ -208,8 +209,23 @@ def test_summary_counts_what_a_random_split_would_leak():
     copies = [frame.assign(group=frame["group"] + str(number)) for number in range(10)]
     frame = pd.concat(copies, ignore_index=True)
     summary = summarize(frame)
-    assert summary.random_split == {"test_images": 20, "leaked": 6}  # 0.2 x 40 images x 0.8
+    # The study's split tests 10 % and trains on 70 %: about 0.1 x 40 images x 0.7.
+    assert summary.random_split["test_images"] == 10
+    assert 1 <= summary.random_split["leaked"] <= 5
+    assert summarize(frame[:2]).random_split is None
     assert summary.cross_source_groups == 10
     assert summary.shared_groups == {"x + y": 10}
     assert summary.labels == {"x": {"COVID-19": 90}, "y": {"COVID-19": 10}}
     assert summary.images_without_patient == 80
+
+
+def test_counts_of_what_was_left_out_travel_with_the_manifest(tmp_path: Path) -> None:
+    for name, seed in (("covid/1", 1), ("covid/2", 1), ("normal/1", 2)):
+        file = tmp_path / "data" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+    report = build_manifest([tmp_path / "data"], layout="folder-per-class", progress=False)
+    write_manifest(report.frame, tmp_path / "m.parquet")
+    assert report.excluded == {"byte-identical duplicate": 1}
+    assert read_manifest(tmp_path / "m.parquet").attrs[EXCLUDED] == report.excluded

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 from cxr_training.data import COVID, NO_FINDING, PNEUMONIA, DataError, build_manifest
-from cxr_training.data.labels import finding_label, folder_label
+from cxr_training.data.labels import folder_finding, text_finding
 from cxr_training.data.readers import case_key
+from support.dicoms import dicom_bytes
 
 
 def by_name(frame, column):
@@ -177,7 +181,7 @@ def test_folder_per_class_knows_common_spellings_and_leaves_masks_out(tmp_path, 
         make_image(folder / name, number)
     make_image(folder / "COVID/masks/1.png", 50)
     (folder / "COVID.metadata.xlsx").write_bytes(b"a sheet beside the classes")
-    report = build_manifest([folder])
+    report = build_manifest([folder], layout="folder-per-class")
     assert sorted(report.frame["label"]) == [COVID, "Edema", NO_FINDING, PNEUMONIA]
     assert set(report.frame["source"]) == {"radiography"}
     assert report.frame["patient"].isna().all()
@@ -190,25 +194,37 @@ def test_layout_can_be_named(ozturk):
 
 
 @pytest.mark.parametrize(
-    ("finding", "label"),
+    ("text", "finding"),
     [
         ("COVID-19", COVID),
         ("COVID-19, ARDS", COVID),
-        ("Pneumocystis", PNEUMONIA),
-        ("Pneumonia/Bacterial/Klebsiella", PNEUMONIA),
+        ("Pneumonia/Viral/COVID-19", COVID),
+        ("Pneumonia/Viral/SARS", "Viral pneumonia"),
+        ("Pneumocystis", "Fungal pneumonia"),
+        ("Pneumonia/Bacterial/Klebsiella", "Bacterial pneumonia"),
+        ("Pneumonia/Lipoid", "Other pneumonia"),
+        ("Pneumonia", PNEUMONIA),
         ("No Finding", NO_FINDING),
         ("ARDS", None),
         ("todo", None),
         ("", None),
     ],
 )
-def test_findings(finding, label):
-    assert finding_label(finding) == label
+def test_findings(text, finding):
+    assert text_finding(text) == finding
 
 
 def test_unknown_class_folder_keeps_its_name():
-    assert folder_label("Lung_Opacity") == "Lung_Opacity"
-    assert folder_label("viral-PNEUMONIA") == PNEUMONIA
+    assert folder_finding("Edema") == "Edema"
+    assert folder_finding("Lung_Opacity") == "Lung opacity"
+    assert folder_finding("viral-PNEUMONIA") == "Viral pneumonia"
+
+
+def test_a_row_keeps_the_words_of_its_data_set(cohen):
+    frame = build_manifest([cohen]).frame
+    assert by_name(frame, "finding_text")["j.jpg"] == "Pneumonia/Viral/COVID-19"
+    assert by_name(frame, "finding")["c.jpg"] == "Bacterial pneumonia"
+    assert set(frame["source"]) == {"cohen"}
 
 
 def test_missing_folder(tmp_path):
@@ -217,8 +233,8 @@ def test_missing_folder(tmp_path):
 
 
 def test_unknown_layout(tmp_path):
-    with pytest.raises(DataError, match="Unknown layout 'dicom'"):
-        build_manifest([tmp_path], layout="dicom")
+    with pytest.raises(DataError, match="Unknown layout 'nifti'"):
+        build_manifest([tmp_path], layout="nifti")
 
 
 def test_folder_without_a_known_layout(tmp_path, make_image):
@@ -247,3 +263,112 @@ def test_damaged_metadata(tmp_path):
     (tmp_path / "metadata.csv").write_bytes(b'\xff\xfe"\x00\n,,,')
     with pytest.raises(DataError, match="Cannot read"):
         build_manifest([tmp_path], layout="cohen")
+
+
+# COVID-19 Radiography Database
+
+CASE = "https://www.eurorad.org/case/16660"
+COLLECTION = "https://github.com/armiro/COVID-CXNet"
+
+
+@pytest.fixture
+def chowdhury(tmp_path, make_image):
+    folder = tmp_path / "COVID-19_Radiography_Dataset"
+    names = [
+        "COVID/images/COVID-1.png", "COVID/images/COVID-2.png", "COVID/images/COVID-3.png",
+        "COVID/images/COVID-4.png", "Normal/images/Normal-1.png",
+        "Viral Pneumonia/images/Viral Pneumonia-1.png", "Lung_Opacity/images/Lung_Opacity-1.png",
+    ]  # fmt: skip
+    for number, name in enumerate(names):
+        make_image(folder / name, 300 + number)
+        make_image(folder / name.replace("images", "masks"), 400 + number)
+    tables = {
+        "COVID": [("COVID-1", CASE), ("COVID-2", CASE), ("COVID-3", COLLECTION)],
+        "Normal": [
+            ("NORMAL-1", "https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/data")
+        ],
+    }
+    for name, rows in tables.items():
+        table = [
+            {"FILE NAME": n, "FORMAT": "PNG", "SIZE": "256*256", "URL": url} for n, url in rows
+        ]
+        pd.DataFrame(table).to_excel(folder / f"{name}.metadata.xlsx", index=False)
+    return folder
+
+
+def test_chowdhury_keeps_the_origin_and_groups_by_case(chowdhury):
+    report = build_manifest([chowdhury], task="covid")
+    origins, patients = by_name(report.frame, "origin"), by_name(report.frame, "patient")
+    assert origins["COVID-1.png"] == CASE
+    assert origins["Normal-1.png"].endswith("rsna-pneumonia-detection-challenge/data")
+    assert origins["COVID-4.png"] is None
+    assert patients["COVID-1.png"] == patients["COVID-2.png"] == f"chowdhury:{CASE}"
+    assert patients["COVID-3.png"] is patients["Normal-1.png"] is None
+    assert by_name(report.frame, "finding")["Lung_Opacity-1.png"] == "Lung opacity"
+    assert set(report.frame["source"]) == {"chowdhury"}
+    assert report.excluded == {"segmentation mask": 7}
+
+
+def test_chowdhury_lung_opacity_is_no_class_of_the_three(chowdhury):
+    report = build_manifest([chowdhury])
+    assert set(report.frame["label"]) == {COVID, NO_FINDING, PNEUMONIA}
+    assert report.excluded == {"no class for Lung opacity": 1, "segmentation mask": 7}
+
+
+def test_chowdhury_table_that_cannot_be_read(chowdhury):
+    table = chowdhury / "COVID.metadata.xlsx"
+    pd.DataFrame({"FILE NAME": ["COVID-1"]}).to_excel(table, index=False)
+    with pytest.raises(DataError, match="lacks the columns URL"):
+        build_manifest([chowdhury])
+    table.write_bytes(b"no table")
+    with pytest.raises(DataError, match="is not an Excel table"):
+        build_manifest([chowdhury])
+
+
+# DICOM folders
+
+
+def write_dicom(path, number, **tags):
+    rng = np.random.default_rng(number)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 9), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((64, 72), Image.Resampling.BICUBIC)).astype(np.uint16) * 16
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(dicom_bytes(pixels, BitsStored=12, HighBit=11, **tags))
+    return path
+
+
+@pytest.fixture
+def dicom_tree(tmp_path, make_image):
+    folder = tmp_path / "hospital"
+    own = {"PatientID": "SECRET-1", "ViewPosition": "PA", "PatientAge": "070Y"}
+    write_dicom(folder / "COVID/study1/a", 1, **own)
+    write_dicom(folder / "Normal/b.dcm", 2, **own, PatientSex="O")
+    write_dicom(folder / "Normal/c.dcm", 3, PatientID=None, PatientAge="006M", PatientSex="M")
+    write_dicom(folder / "Normal/lateral.dcm", 4, ViewPosition="LL")
+    write_dicom(folder / "Normal/ct.dcm", 5, Modality="CT")
+    write_dicom(folder / "Normal/hand.dcm", 6, BodyPartExamined="HAND")
+    write_dicom(folder / "Normal/film.dcm", 7, NumberOfFrames=2)
+    write_dicom(folder / "Normal/cut.dcm", 8).write_bytes(bytes(128) + b"DICM" + b"x" * 40)
+    make_image(folder / "Normal/d.png", 9)
+    return folder
+
+
+def test_dicom_folders_give_patients_without_naming_them(dicom_tree):
+    report = build_manifest([dicom_tree])
+    frame = report.frame
+    assert by_name(frame, "label") == {
+        "a": COVID, "b.dcm": NO_FINDING, "c.dcm": NO_FINDING, "d.png": NO_FINDING,
+    }  # fmt: skip
+    patients = by_name(frame, "patient")
+    assert patients["a"] == patients["b.dcm"]
+    assert patients["a"].startswith("dicom:")
+    assert patients["c.dcm"] is patients["d.png"] is None
+    assert by_name(frame, "group")["a"] == by_name(frame, "group")["b.dcm"]
+    assert by_name(frame, "view")["a"] == "PA"
+    assert (by_name(frame, "sex")["a"], by_name(frame, "sex")["b.dcm"]) == ("F", None)
+    assert (by_name(frame, "age")["a"], by_name(frame, "age")["c.dcm"]) == (70.0, 0.5)
+    assert "SECRET" not in frame.to_csv()
+    assert report.excluded == {
+        "lateral view": 1, "not a radiograph": 1, "not of the chest": 1, "several frames": 1,
+        "unreadable": 1,
+    }  # fmt: skip

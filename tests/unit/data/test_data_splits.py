@@ -4,7 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_training.data import DataError, assign_splits, build_manifest
+from cxr_training.data import (
+    DataError,
+    assign_splits,
+    build_manifest,
+    grouped_folds,
+    leave_one_source_out,
+)
 
 LABELS = ("COVID-19", "No finding", "Pneumonia")
 
@@ -90,3 +96,69 @@ def test_fractions_out_of_range(fractions):
 def test_seed_out_of_range():
     with pytest.raises(DataError, match="seed"):
         assign_splits(made_up(5), seed=-1)
+
+
+def test_unknown_kind_of_split():
+    with pytest.raises(DataError, match="'by patient'; choose grouped or random"):
+        assign_splits(made_up(5), seed=0, kind="by patient")
+
+
+def test_random_split_goes_by_image_as_the_study_did():
+    frame = made_up(150)
+    split = assign_splits(frame, seed=3, kind="random")
+    shares = pd.crosstab(frame["label"], split, normalize="index")
+    assert np.allclose(shares[["train", "validation", "test"]], [0.7, 0.2, 0.1], atol=0.01)
+    assert (split.groupby(frame["group"]).nunique() > 1).any()
+    shuffled = assign_splits(frame.sample(frac=1, random_state=9), seed=3, kind="random")
+    pd.testing.assert_series_equal(shuffled.sort_index(), split)
+    assert not assign_splits(frame, seed=4, kind="random").equals(split)
+
+
+def test_random_split_reaches_three_images_of_one_group():
+    frame = made_up(3, largest=1).assign(group="one")
+    split = assign_splits(frame, seed=0, kind="random")
+    assert (pd.crosstab(frame["label"], split) == 1).all(axis=None)
+    with pytest.raises(DataError, match="has only 2"):
+        assign_splits(frame[1:], seed=0, kind="random")
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_folds_keep_groups_and_shares(folds):
+    frame = made_up(100)
+    fold = grouped_folds(frame, folds=folds, seed=1)
+    assert sorted(fold.unique()) == list(range(folds))
+    assert (fold.groupby(frame["group"]).nunique() == 1).all()
+    assert np.allclose(pd.crosstab(frame["label"], fold, normalize="index"), 1 / folds, atol=0.03)
+    shuffled = grouped_folds(frame.sample(frac=1, random_state=9), folds=folds, seed=1)
+    pd.testing.assert_series_equal(shuffled.sort_index(), fold)
+    assert not grouped_folds(frame, folds=folds, seed=2).equals(fold)
+
+
+def test_folds_that_cannot_be():
+    with pytest.raises(DataError, match="at least 2 folds"):
+        grouped_folds(made_up(5), folds=1, seed=0)
+    with pytest.raises(DataError, match=r"has only 4 independent group\(s\).*5 are needed"):
+        grouped_folds(made_up(4), folds=5, seed=0)
+    with pytest.raises(DataError, match="seed"):
+        grouped_folds(made_up(5), seed=2**32)
+
+
+def test_leaving_a_source_out_takes_relatives_of_its_images_out_of_training():
+    frame = pd.DataFrame(
+        {
+            "source": ["b", "a", "a", "b", "c", "c"],
+            "group": ["1", "1", "2", "3", "1", "4"],
+        },
+        index=[7, 3, 9, 1, 4, 8],
+    )
+    found = {source: (train, test) for source, train, test in leave_one_source_out(frame)}
+    assert list(found) == ["a", "b", "c"]
+    train, test = found["a"]
+    assert test.tolist() == [False, True, True, False, False, False]
+    assert train.tolist() == [False, False, False, True, False, True]
+    assert [fold.removed for fold in leave_one_source_out(frame)] == [2, 2, 2]
+
+
+def test_one_source_cannot_be_left_out():
+    with pytest.raises(DataError, match="at least two sources"):
+        leave_one_source_out(made_up(3).assign(source="only"))

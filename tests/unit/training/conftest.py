@@ -1,5 +1,7 @@
 """One small phantom set, one run and one bundle, shared by these tests."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +10,7 @@ import pytest
 from cxr_training.backbones import Backbone, create_backbone
 from cxr_training.data import build_manifest, generate_phantoms
 from cxr_training.export import ExportReport, export
+from cxr_training.recipes import GuardSettings, Recipe, load_recipe
 from cxr_training.runs import Run, load_run
 from cxr_training.train import train
 
@@ -36,9 +39,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_folder(frame: pd.DataFrame, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train_again(cache: Path) -> Callable[..., Run]:
+    """`train` with the settings of `run_folder`."""
+    return partial(
+        train,
+        # Guards of a few images: each more costs seven passes.
+        recipe=load_recipe("lite0-frozen").model_copy(update={"guards": GuardSettings(images=8)}),
+        seed=1,
+        weights="none",
+        name="phantom",
+        version="2.1",
+        cache=cache,
+    )
+
+
+@pytest.fixture(scope="session")
+def run_folder(
+    frame: pd.DataFrame, train_again: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("work") / "run"
-    train(frame, folder, seed=1, weights="none", name="phantom", version="2.1", cache=cache)
+    train_again(frame, folder)
     return folder
 
 
@@ -55,3 +75,19 @@ def report(run_folder: Path) -> ExportReport:
 @pytest.fixture(scope="session")
 def bundle(run_folder: Path, report: ExportReport) -> Path:
     return run_folder.parent / "bundle"
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    """A small one that trains in a second or two."""
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "description": "For tests.",
+            "backbones": [{"name": "efficientnet-lite0", "pooling": "last"}],
+            "weights": "none",
+            "preprocessing": {"height": 32, "width": 32},
+            "head": {"kind": "logistic", "c": [0.001, 0.1]},
+            "guards": None,
+        }
+    )

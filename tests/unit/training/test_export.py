@@ -6,10 +6,12 @@ import onnx
 import pytest
 
 import cxr_training.export as export_module
+from cxr.answer import Prediction
 from cxr.config import file_sha256, load_config
-from cxr.engine import Engine, Prediction
+from cxr.engine import Engine
 from cxr_training.errors import TrainingError
 from cxr_training.export import ExportReport, export
+from cxr_training.heads import CalibratedHead
 from cxr_training.runs import Run
 from cxr_training.train import predict_proba
 
@@ -33,8 +35,12 @@ def test_the_graph_is_the_one_that_the_configuration_describes(bundle: Path) -> 
     graph = load_config(bundle).graph
     model = onnx.load(bundle / graph.file)
     assert [opset.version for opset in model.opset_import if not opset.domain] == [graph.opset]
-    assert [value.name for value in model.graph.input] == [graph.input.name]
-    assert [value.name for value in model.graph.output] == [graph.output.name]
+    explanation, guards = load_config(bundle).explanation, load_config(bundle).guards
+    assert explanation is not None
+    assert guards is not None
+    assert [value.name for value in model.graph.input] == [graph.input.name, explanation.switch]
+    outputs = [graph.output.name, guards.output.name, explanation.output.name]
+    assert [value.name for value in model.graph.output] == outputs
     assert file_sha256(bundle / graph.file) == graph.sha256
 
 
@@ -53,7 +59,11 @@ def test_the_same_run_gives_the_same_bytes_in_place_of_an_older_bundle(
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "cxr-model.json").write_text("{}")
     export(run, tmp_path / "again")
-    assert {file.name for file in bundle.iterdir()} == {"cxr-model.json", "model.onnx"}
+    assert {file.name for file in bundle.iterdir()} == {
+        "cxr-model.json",
+        "model.onnx",
+        "MODEL_CARD.md",
+    }
     for file in bundle.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
@@ -89,11 +99,12 @@ def test_a_model_of_radiographs_states_its_limits(run: Run, tmp_path: Path) -> N
 def test_no_bundle_where_the_runtimes_disagree(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = replace(run, head=replace(run.head, bias=run.head.bias * 2 + 1))
     faithful = export_module._torch_probabilities
-    wrong = export_module.Classifier(run.backbone(), other.head)
+    wrong = CalibratedHead(run.head, 3.0)
     monkeypatch.setattr(
-        export_module, "_torch_probabilities", lambda _, *rest: faithful(wrong, *rest)
+        export_module,
+        "_torch_probabilities",
+        lambda backbone, _, frame: faithful(backbone, wrong, frame),
     )
     with pytest.raises(TrainingError, match="ONNX Runtime differs from PyTorch"):
         export(run, tmp_path / "bundle")

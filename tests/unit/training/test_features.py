@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from cxr.engine import Engine
+from cxr_training import features
 from cxr_training.backbones import Backbone
 from cxr_training.errors import TrainingError
 from cxr_training.features import extract_features, image_batches, load_image
+from cxr_training.runs import Run
 
 
 def _image_file(folder: Path, kind: str) -> Path:
@@ -35,10 +37,10 @@ def _sha256(file: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["grey-jpeg", "rgb-jpeg", "png-16-bit", "rgba-png"])
 def test_training_and_serving_make_the_same_tensor(
-    tmp_path: Path, bundle: Path, backbone: Backbone, kind: str
+    tmp_path: Path, bundle: Path, run: Run, kind: str
 ) -> None:
     file = _image_file(tmp_path, kind)
-    trained = load_image(file, _sha256(file), backbone.preprocessing)
+    trained = load_image(file, _sha256(file), run.record.preprocessing)
     served = Engine(bundle).tensor(file.read_bytes())
     assert trained.dtype == served.dtype == np.float32
     np.testing.assert_array_equal(trained, served)
@@ -51,6 +53,18 @@ def test_batches_come_in_the_manifests_order(frame: pd.DataFrame, backbone: Back
     for tensor, (_, row) in zip(np.concatenate(batches), rows.iterrows(), strict=True):
         expected = load_image(Path(row["path"]), row["sha256"], backbone.preprocessing)
         np.testing.assert_array_equal(tensor, expected)
+
+
+def test_onnx_runtime_gives_the_features_that_pytorch_gives(
+    frame: pd.DataFrame, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = frame.head(6)
+    expected = extract_features(rows, backbone, torch_only=True)
+    monkeypatch.setattr(features, "_WORTH_A_GRAPH", 1)
+    found = extract_features(rows, backbone)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    # Another runtime rounds otherwise, so that equal bits would mean that none was asked.
+    assert not np.array_equal(found, expected)
 
 
 def test_batch_size_does_not_matter(frame: pd.DataFrame, backbone: Backbone) -> None:

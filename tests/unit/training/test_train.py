@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from efficientnet_lite_pytorch import EfficientNet
 
 from cxr_training.data import DataError, assign_splits, write_manifest
 from cxr_training.errors import TrainingError
+from cxr_training.model import sample_weights
+from cxr_training.recipes import Recipe
 from cxr_training.runs import Run, load_run
 from cxr_training.train import evaluate, predict_proba, train
 
@@ -45,35 +48,39 @@ def test_probabilities_sum_to_one(run: Run, frame: pd.DataFrame) -> None:
 
 
 def test_the_same_seed_gives_the_same_run(
-    run_folder: Path, frame: pd.DataFrame, cache: Path, tmp_path: Path
+    run_folder: Path,
+    frame: pd.DataFrame,
+    tmp_path: Path,
+    train_again: Callable[..., Run],
 ) -> None:
     shuffled = frame.sample(frac=1, random_state=0)
     file = tmp_path / "manifest.parquet"
     write_manifest(frame, file)
-    train(
-        file, tmp_path / "run", seed=1, weights="none", name="phantom", version="2.1", cache=cache
-    )
+    train_again(file, tmp_path / "run")
     for name in ("run.json", "metrics.json"):
         assert (tmp_path / "run" / name).read_bytes() == (run_folder / name).read_bytes()
-    again = train(shuffled, tmp_path / "other", seed=1, weights="none", cache=cache)
+    again = train_again(shuffled, tmp_path / "other")
     assert again.record.training_data == load_run(run_folder).record.training_data
 
 
 def test_nothing_is_learnt_from_the_test_split(
-    run: Run, frame: pd.DataFrame, cache: Path, tmp_path: Path
+    run: Run, tmp_path: Path, train_again: Callable[..., Run]
 ) -> None:
     frame = run.frame.copy()
     test = frame["split"] == "test"
     frame.loc[test, "label"] = np.roll(frame.loc[test, "label"], 1)
-    other = train(frame, tmp_path / "run", seed=1, weights="none", cache=cache)
-    np.testing.assert_array_equal(other.head.weight, run.head.weight)
+    other = train_again(frame, tmp_path / "run")
+    for name, array in run.head.state().items():
+        np.testing.assert_array_equal(other.head.state()[name], array)
     assert other.thresholds == run.thresholds
     assert other.metrics != run.metrics
 
 
-def test_splits_of_the_manifest_are_kept(frame: pd.DataFrame, cache: Path, tmp_path: Path) -> None:
+def test_splits_of_the_manifest_are_kept(
+    frame: pd.DataFrame, recipe: Recipe, cache: Path, tmp_path: Path
+) -> None:
     given = frame.assign(split=assign_splits(frame, seed=77))
-    run = train(given, tmp_path / "run", seed=1, weights="none", cache=cache)
+    run = train(given, tmp_path / "run", recipe=recipe, seed=1, cache=cache)
     assert run.frame["split"].tolist() == given["split"].tolist()
 
 
@@ -124,13 +131,13 @@ def test_a_run_is_not_written_over_a_file(frame: pd.DataFrame, tmp_path: Path) -
 
 
 def test_weights_that_changed_since_training_are_refused(
-    frame: pd.DataFrame, tmp_path: Path
+    frame: pd.DataFrame, recipe: Recipe, tmp_path: Path
 ) -> None:
     frame = frame.groupby("label").head(4)
     file = tmp_path / "weights.pt"
     network = EfficientNet.from_name("efficientnet-lite0", image_size=320)
     torch.save(network.state_dict(), file)
-    run = train(frame, tmp_path / "run", weights=str(file), seed=1)
+    run = train(frame, tmp_path / "run", recipe=recipe, weights=str(file), seed=1)
     network.state_dict()["_conv_stem.weight"].zero_()
     torch.save(network.state_dict(), file)
     with pytest.raises(TrainingError, match="no longer the one"):
@@ -154,4 +161,17 @@ def test_a_damaged_run_is_refused(run_folder: Path, tmp_path: Path, name: str) -
 def test_the_record_holds_the_cross_validation(run_folder: Path) -> None:
     head = json.loads((run_folder / "run.json").read_text())["head"]
     assert 0 <= head["accuracy"] <= 1
-    assert head["c"] > 0
+    assert head["parameters"]["c"] > 0
+    assert head["temperature"] > 0
+
+
+def test_sources_of_one_class_tip_no_balance_between_the_classes() -> None:
+    frame = pd.DataFrame(
+        {"label": ["a"] * 12 + ["b"] * 4, "source": ["x"] * 10 + ["y"] * 2 + ["x"] * 4}
+    )
+    weights = pd.Series(sample_weights(frame, "label-source"))
+    assert weights.mean() == pytest.approx(1)
+    by_class = weights.groupby(frame["label"]).sum()
+    assert by_class["a"] == pytest.approx(by_class["b"])
+    by_source = weights[frame["label"] == "a"].groupby(frame["source"]).sum()
+    assert by_source["x"] == pytest.approx(by_source["y"])

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from cxr.config import load_config
 from cxr_training import cli
 from cxr_training.data import write_manifest
+from cxr_training.recipes import Recipe
 
 
 @pytest.fixture
@@ -40,10 +41,12 @@ def test_train_prints_accuracy_with_its_interval(
 
 
 def test_json_output_of_train_and_evaluate_agrees(
-    manifest: Path, cache: Path, tmp_path: Path
+    manifest: Path, cache: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "run")
-    options = ["--out", out, "--weights", "none", "--cache", str(cache), "--json"]
+    chosen = tmp_path / "tiny.yaml"
+    chosen.write_text(recipe.model_dump_json(exclude_unset=True))
+    options = ["--recipe", str(chosen), "--out", out, "--cache", str(cache), "--json"]
     trained = CliRunner().invoke(cli.train, ["--manifest", str(manifest), *options])
     evaluated = CliRunner().invoke(cli.evaluate, [out, "--cache", str(cache), "--json"])
     assert json.loads(trained.stdout)["metrics"] == json.loads(evaluated.stdout)
@@ -106,10 +109,10 @@ def test_help_is_quick_and_shows_an_example() -> None:
     script = (
         "import sys; from cxr_training import cli; from click.testing import CliRunner; "
         "print(*[CliRunner().invoke(c, ['--help']).output "
-        "for c in (cli.train, cli.evaluate, cli.export)]); "
+        "for c in (cli.train, cli.recipes, cli.evaluate, cli.export)]); "
         "assert not {'torch', 'sklearn', 'pandas', 'onnx'} & set(sys.modules)"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
     )
-    assert result.stdout.count("Example: cxr") == 3
+    assert result.stdout.count("Example: cxr") == 4

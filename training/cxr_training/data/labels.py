@@ -1,55 +1,65 @@
-"""Labels: the canonical classes, and how each data set spells them."""
+"""Labels: from a data set's words to a canonical finding, and from that to a task's class.
+
+The words stand in `labels.yaml`, beside this module.
+"""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
 
-COVID = "COVID-19"
-NO_FINDING = "No finding"
-PNEUMONIA = "Pneumonia"
+import yaml
 
-# Folder names, as `normalize` leaves them.
-FOLDER_LABELS: dict[str, str] = {
-    "covid": COVID,
-    "covid 19": COVID,
-    "covid19": COVID,
-    "no finding": NO_FINDING,
-    "no findings": NO_FINDING,
-    "normal": NO_FINDING,
-    "bacterial pneumonia": PNEUMONIA,
-    "pneumonia": PNEUMONIA,
-    "viral pneumonia": PNEUMONIA,
+from cxr_training.data.errors import DataError
+
+_DOCUMENT = yaml.safe_load(resources.files(__package__).joinpath("labels.yaml").read_text("utf-8"))
+
+# Canonical findings, the one that counts most first, with the names that mean them.
+FINDINGS: Mapping[str, list[str]] = _DOCUMENT["findings"]
+_FINDING_OF = {name: finding for finding, names in FINDINGS.items() for name in names}
+
+COVID, NO_FINDING, PNEUMONIA = "COVID-19", "No finding", "Pneumonia"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a model is to tell apart.
+
+    Attributes:
+        label_of: canonical finding to class.
+        keeps_others: whether a finding without a canonical name is a class of its own.
+    """
+
+    label_of: Mapping[str, str]
+    keeps_others: bool
+
+    def label(self, finding: str) -> str | None:
+        """The class of a finding, or None where the task has none for it."""
+        known = finding in FINDINGS
+        return self.label_of.get(finding, None if known or not self.keeps_others else finding)
+
+
+TASKS: Mapping[str, Task] = {
+    name: Task(
+        label_of={
+            finding: label for label, findings in task["classes"].items() for finding in findings
+        },
+        keeps_others=task["others"] == "keep",
+    )
+    for name, task in _DOCUMENT["tasks"].items()
 }
+DEFAULT_TASK = "three-class"
 
-# Terms of the `finding` column, as `normalize` leaves them. Later releases write paths such as
-# `Pneumonia/Viral/COVID-19`. Terms that stand in no map (`todo`, `Unknown`, `ARDS`, which names a
-# course and not a cause) leave an image without a label.
-FINDING_LABELS: dict[str, str] = {
-    "covid 19": COVID,
-    "no finding": NO_FINDING,
-    "aspergillosis": PNEUMONIA,
-    "aspiration": PNEUMONIA,
-    "bacterial": PNEUMONIA,
-    "chlamydophila": PNEUMONIA,
-    "e.coli": PNEUMONIA,
-    "fungal": PNEUMONIA,
-    "h1n1": PNEUMONIA,
-    "herpes": PNEUMONIA,
-    "influenza": PNEUMONIA,
-    "klebsiella": PNEUMONIA,
-    "legionella": PNEUMONIA,
-    "lipoid": PNEUMONIA,
-    "mers cov": PNEUMONIA,
-    "mrsa": PNEUMONIA,
-    "mycoplasma": PNEUMONIA,
-    "mycoplasma bacterial pneumonia": PNEUMONIA,
-    "nocardia": PNEUMONIA,
-    "pneumocystis": PNEUMONIA,
-    "pneumonia": PNEUMONIA,
-    "sars": PNEUMONIA,
-    "staphylococcus": PNEUMONIA,
-    "streptococcus": PNEUMONIA,
-    "varicella": PNEUMONIA,
-    "viral": PNEUMONIA,
-}
+
+def find_task(name: str) -> Task:
+    """A task by its name.
+
+    Raises:
+        DataError: there is no such task.
+    """
+    if name not in TASKS:
+        raise DataError(f"Unknown task '{name}'; choose {', '.join(TASKS)}.")
+    return TASKS[name]
 
 
 def normalize(name: str) -> str:
@@ -57,16 +67,17 @@ def normalize(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().lower()
 
 
-def folder_label(name: str) -> str:
-    """Canonical label of a class folder; a name that is not known stays as it is."""
-    return FOLDER_LABELS.get(normalize(name), name)
+def folder_finding(name: str) -> str:
+    """Canonical finding of a class folder; a name that is not known stays as it is."""
+    return _FINDING_OF.get(normalize(name), name)
 
 
-def finding_label(finding: str) -> str | None:
-    """Canonical label of a `finding`, or None where it names none of the classes.
+def text_finding(text: str) -> str | None:
+    """Canonical finding of a metadata cell, or None where it names none.
 
-    A list or path of findings is COVID-19 as soon as one of its terms is.
+    A cell may hold a list or path of findings (`COVID-19, ARDS`, `Pneumonia/Viral/COVID-19`); the
+    one that stands first in `FINDINGS` counts.
     """
-    terms = (normalize(term) for term in re.split("[,/]", finding))
-    labels = {FINDING_LABELS[term] for term in terms if term in FINDING_LABELS}
-    return min(labels, key=(COVID, PNEUMONIA, NO_FINDING).index, default=None)
+    terms = (normalize(term) for term in re.split("[,/]", text))
+    found = {_FINDING_OF[term] for term in terms if term in _FINDING_OF}
+    return min(found, key=list(FINDINGS).index, default=None)

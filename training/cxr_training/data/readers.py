@@ -1,20 +1,26 @@
 """Readers: one function for each folder layout, from files to records.
 
-A reader only names what a folder says about its images; it opens no image. It yields a `Record`
-for an image to use and an `Exclusion` for one to leave out, so that nothing disappears uncounted.
+A reader only names what a folder says about its images; it opens no image, but the headers of DICOM
+files. It yields a `Record` for an image to use and an `Exclusion` for one to leave out, so that
+nothing disappears uncounted.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import pandas as pd
 
+from cxr.dicom import is_dicom, read_tags
+from cxr.errors import BadImageError
 from cxr_training.data.errors import DataError
-from cxr_training.data.labels import COVID, finding_label, folder_label
+from cxr_training.data.labels import COVID, folder_finding, text_finding
 from cxr_training.data.phantoms import METADATA_COLUMNS
 
+UNREADABLE = "unreadable"
 UNLABELLED = "unlabelled"
 LATERAL = "lateral view"
 NOT_A_RADIOGRAPH = "not a radiograph"
@@ -22,13 +28,18 @@ SEGMENTATION_MASK = "segmentation mask"
 FILE_MISSING = "file missing"
 NO_METADATA_ROW = "no metadata row"
 
+_LATERAL_VIEWS = ("l", "ll", "rl")
 _METADATA = "metadata.csv"
 _IMAGES = "images"
 _MASKS = "masks"
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 _OZTURK_FOLDERS = ("Covid-19", "No_findings", "Pneumonia")
 _COHEN_COLUMNS = ("patientid", "finding", "view", "modality", "filename")
 _CXNET_COLUMNS = ("filename", "patient_id", "view", "label", "pcr_test")
+_CHOWDHURY_FOLDERS = ("COVID", "Normal")
+_CHOWDHURY_COLUMNS = ("FILE NAME", "URL")
+_DICOM_TAGS: list[int | str] = ["PatientID", "PatientSex", "PatientAge", "ViewPosition"]
+_HEAD_BYTES = 132
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +48,10 @@ class Record:
 
     Attributes:
         path: the image file, which exists.
-        label: canonical label, or the data set's own name for a class without one.
+        finding: canonical finding, or the data set's own name for one that has none.
+        finding_text: the data set's own words for it, where it has any.
         source: name of the data set.
+        origin: where the data set has the image from, as a URL, where it says so.
         patient: patient, namespaced (`cohen:12`), where it is known.
         view: projection (`PA`, `AP`, `AP Supine`, ...), where it is known.
         sex: `F` or `M`, where it is known.
@@ -47,8 +60,10 @@ class Record:
     """
 
     path: Path
-    label: str
+    finding: str
+    finding_text: str | None = None
     source: str
+    origin: str | None = None
     patient: str | None = None
     view: str | None = None
     sex: str | None = None
@@ -149,7 +164,8 @@ def read_ozturk(folder: Path) -> Iterator[Entry]:
         nih = _NIH_NAME.fullmatch(path.stem)
         yield Record(
             path=path,
-            label=folder_label(path.parent.name),
+            finding=folder_finding(path.parent.name),
+            finding_text=path.parent.name,
             source="ozturk",
             patient=f"nih:{nih[1]}" if nih else f"ozturk:{case_key(path.stem)}",
         )
@@ -167,13 +183,10 @@ def read_cohen(folder: Path) -> Iterator[Entry]:
     rows = _metadata(folder, _COHEN_COLUMNS)
     for row in rows:
         path = folder / _IMAGES / str(row["filename"])
-        label = finding_label(row["finding"] or "")
         if reason := _not_frontal(row):
             yield Exclusion(path=path, reason=reason)
-        elif label is None:
-            yield Exclusion(path=path, reason=UNLABELLED)
         else:
-            yield _record(path, row, label=label, source="cohen", patient=row["patientid"])
+            yield _record(path, row, row["finding"], source="cohen", patient=row["patientid"])
     yield from (Exclusion(path=path, reason=NO_METADATA_ROW) for path in _without_row(folder, rows))
 
 
@@ -195,12 +208,131 @@ def read_cxnet(folder: Path) -> Iterator[Entry]:
         path = folder / _IMAGES / str(row["filename"])
         if reason := _not_frontal(row):
             yield Exclusion(path=path, reason=reason)
-        elif (label := finding_label(row["label"] or "")) is None:
-            yield Exclusion(path=path, reason=UNLABELLED)
         else:
-            yield _record(path, row, label=label, source="cxnet", patient=row["patient_id"])
+            yield _record(path, row, row["label"], source="cxnet", patient=row["patient_id"])
     for path in _without_row(folder, rows):
-        yield Record(path=path, label=COVID, source="cxnet")
+        yield Record(path=path, finding=COVID, source="cxnet")
+
+
+# Chowdhury et al.: COVID-19 Radiography Database
+
+
+def _is_chowdhury(folder: Path) -> bool:
+    return all((folder / name / _IMAGES).is_dir() for name in _CHOWDHURY_FOLDERS)
+
+
+def read_chowdhury(folder: Path) -> Iterator[Entry]:
+    """Chowdhury et al., COVID-19 Radiography Database: `images/` and `masks/` for each class.
+
+    `<class>.metadata.xlsx` beside the folders says where an image comes from. Most of these
+    addresses are of a whole collection. One of a case or article counts as one patient: too coarse
+    where it shows several, but never a patient on both sides of a split.
+    """
+    for class_folder in (child for child in _folders(folder) if (child / _IMAGES).is_dir()):
+        origins = _origins(folder / f"{class_folder.name}.metadata.xlsx")
+        for path in _files(class_folder / _IMAGES):
+            origin = origins.get(path.stem.lower())
+            yield Record(
+                path=path,
+                finding=folder_finding(class_folder.name),
+                finding_text=class_folder.name,
+                source="chowdhury",
+                origin=origin,
+                patient=f"chowdhury:{origin}" if origin and _CASE_ADDRESS.search(origin) else None,
+            )
+        for path in _files(class_folder / _MASKS):
+            yield Exclusion(path=path, reason=SEGMENTATION_MASK)
+
+
+_CASE_ADDRESS = re.compile(
+    r"/(?: cases? | articles? | doi | full ) / [^/]+ | doi\.org/", re.VERBOSE
+)
+
+
+def _origins(path: Path) -> dict[str, str]:
+    """URL by file name, in lower case without suffix; nothing where there is no such table."""
+    if not path.is_file():
+        return {}
+    try:
+        frame = pd.read_excel(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise DataError(f"{path} is not an Excel table that can be read.") from error
+    frame.columns = frame.columns.str.strip().str.upper()
+    if missing := [column for column in _CHOWDHURY_COLUMNS if column not in frame]:
+        raise DataError(f"{path} lacks the columns {', '.join(missing)}.")
+    # The tables write `NORMAL-1` for the file `Normal-1.png`.
+    names = frame["FILE NAME"].str.strip().str.lower()
+    return {name: url for name, url in zip(names, frame["URL"].str.strip(), strict=True) if url}
+
+
+# DICOM files, a folder per class
+
+
+def _is_dicom(folder: Path) -> bool:
+    classes = _folders(folder)
+    return len(classes) > 1 and any(map(_starts_as_dicom, (_first_file(c) for c in classes)))
+
+
+def read_dicom(folder: Path) -> Iterator[Entry]:
+    """A folder for each class, with DICOM files at any depth below it.
+
+    A patient's identifier becomes a hash, so that none stands in a manifest. Files of another kind
+    are taken too, as images of an unknown patient. What is no frontal radiograph of the chest is
+    left out: a lateral view here, the rest when the image is decoded.
+    """
+    source = folder.resolve().name
+    for class_folder in _folders(folder):
+        for path in sorted(path for path in class_folder.rglob("[!.]*") if path.is_file()):
+            record = Record(
+                path=path,
+                finding=folder_finding(class_folder.name),
+                finding_text=class_folder.name,
+                source=source,
+            )
+            yield _with_header(record) if _starts_as_dicom(path) else record
+
+
+def _with_header(record: Record) -> Entry:
+    """A record with what the header of its DICOM file says."""
+    try:
+        with record.path.open("rb") as file:
+            header = read_tags(file, _DICOM_TAGS)
+        tags = {str(name): str(header.get(name) or "").strip() or None for name in _DICOM_TAGS}
+    except (BadImageError, OSError, ValueError):
+        return Exclusion(path=record.path, reason=UNREADABLE)
+    row = {"view": tags["ViewPosition"]}
+    if reason := _not_frontal(row):
+        return Exclusion(path=record.path, reason=reason)
+    return replace(
+        record,
+        patient=_pseudonym(tags["PatientID"]),
+        view=_view(row),
+        sex=_sex(tags["PatientSex"]),
+        age=_dicom_age(tags["PatientAge"]),
+    )
+
+
+def _pseudonym(identifier: str | None) -> str | None:
+    if identifier is None:
+        return None
+    return f"dicom:{hashlib.sha256(identifier.encode()).hexdigest()[:16]}"
+
+
+def _dicom_age(text: str | None) -> float | None:
+    """Years from an age string (`070Y`, `018M`, `003W`, `010D`)."""
+    match = re.fullmatch(r"(\d{1,3})([YMWD])", text or "")
+    return int(match[1]) / {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}[match[2]] if match else None
+
+
+def _first_file(folder: Path) -> Path | None:
+    return next((path for path in sorted(folder.rglob("[!.]*")) if path.is_file()), None)
+
+
+def _starts_as_dicom(path: Path | None) -> bool:
+    if path is None:
+        return False
+    with path.open("rb") as file:
+        return is_dicom(file.read(_HEAD_BYTES))
 
 
 # Phantoms
@@ -214,11 +346,8 @@ def read_phantom(folder: Path) -> Iterator[Entry]:
     """The tree that :func:`cxr_training.data.generate_phantoms` writes."""
     for row in _metadata(folder, METADATA_COLUMNS):
         path = folder / _IMAGES / str(row["filename"])
-        if not row["label"]:
-            yield Exclusion(path=path, reason=UNLABELLED)
-            continue
         yield _record(
-            path, row, label=row["label"], source=f"phantom-{row['style']}",
+            path, row, row["label"], source=f"phantom-{row['style']}",
             patient=row["patient"], namespace="phantom", synthetic=True,
         )  # fmt: skip
 
@@ -233,18 +362,20 @@ def _is_folder_per_class(folder: Path) -> bool:
 def read_folder_per_class(folder: Path) -> Iterator[Entry]:
     """A folder for each class, with images in it or one level below.
 
-    The label is the class folder's name, in canonical spelling where that is known. A folder
+    The finding is the class folder's name, in canonical spelling where that is known. A folder
     `masks` within a class holds segmentations, not radiographs.
     """
     source = folder.resolve().name
     for class_folder in _folders(folder):
-        label = folder_label(class_folder.name)
+        finding = folder_finding(class_folder.name)
         for child in [class_folder, *_folders(class_folder)]:
             for path in _files(child):
                 if child.name.lower() == _MASKS:
                     yield Exclusion(path=path, reason=SEGMENTATION_MASK)
                 else:
-                    yield Record(path=path, label=label, source=source)
+                    yield Record(
+                        path=path, finding=finding, finding_text=class_folder.name, source=source
+                    )
 
 
 # A layout that fits many folders stands last.
@@ -253,6 +384,8 @@ READERS: dict[str, Reader] = {
     "cohen": Reader(detects=_is_cohen, read=read_cohen),
     "cxnet": Reader(detects=_is_cxnet, read=read_cxnet),
     "ozturk": Reader(detects=_is_ozturk, read=read_ozturk),
+    "chowdhury": Reader(detects=_is_chowdhury, read=read_chowdhury),
+    "dicom": Reader(detects=_is_dicom, read=read_dicom),
     "folder-per-class": Reader(detects=_is_folder_per_class, read=read_folder_per_class),
 }
 
@@ -314,18 +447,21 @@ def _without_row(folder: Path, rows: list[Row]) -> list[Path]:
 def _record(
     path: Path,
     row: Row,
+    text: str | None,
     *,
-    label: str | None,
     source: str,
     patient: str | None,
     namespace: str | None = None,
     synthetic: bool = False,
 ) -> Entry:
-    if label is None or not path.is_file():
+    if (finding := text_finding(text or "")) is None:
+        return Exclusion(path=path, reason=UNLABELLED)
+    if not path.is_file():
         return Exclusion(path=path, reason=FILE_MISSING)
     return Record(
         path=path,
-        label=label,
+        finding=finding,
+        finding_text=text,
         source=source,
         patient=f"{namespace or source}:{patient}" if patient else None,
         view=_view(row),
@@ -346,7 +482,7 @@ def _not_frontal(row: Row) -> str | None:
     if modality and modality.lower() not in ("x-ray", "xray", "cxr"):
         return NOT_A_RADIOGRAPH
     view = (_view(row) or "").lower()
-    return LATERAL if view == "l" or view.startswith("lat") else None
+    return LATERAL if view in _LATERAL_VIEWS or view.startswith("lat") else None
 
 
 def _sex(text: str | None) -> str | None:

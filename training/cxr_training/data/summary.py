@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
 import pandas as pd
 
+from cxr_training.data.audit import leaked_by_group, random_splits
+from cxr_training.data.errors import DataError
 from cxr_training.data.manifest import SPLITS, manifest_digest
 
 _LARGEST = 5
-# A common random split: 80 % to train on, 20 % to test on.
-_TRAIN, _TEST = 0.8, 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,9 @@ class ManifestSummary:
         cross_source_groups: groups with images of more than one source.
         cross_source_images: images in those groups.
         shared_groups: for each pair of sources with groups in common (`a + b`), their number.
-        random_split: what a random split by image, 80 to 20, would do on average: `test_images`,
-            and `leaked`, those of them with an image of the same group in training.
+        random_split: what the study's random split would do, as the mean of a few: `test_images`,
+            and `leaked`, those of them with an image of the same group in training; None where a
+            class has too few images to split. :func:`cxr_training.data.audit_split` says more.
         sha256: digest of the manifest.
     """
 
@@ -61,13 +63,12 @@ class ManifestSummary:
     cross_source_groups: int
     cross_source_images: int
     shared_groups: dict[str, int]
-    random_split: dict[str, int]
+    random_split: dict[str, int] | None
     sha256: str
 
 
 def summarize(frame: pd.DataFrame) -> ManifestSummary:
     """Count a valid manifest."""
-    size = frame.groupby("group")["sha256"].transform("size")
     sources = frame.groupby("group")["source"].transform("nunique")
     members = frame.groupby("source")["group"].agg(set)
     shared = {f"{a} + {b}": len(members[a] & members[b]) for a, b in combinations(members.index, 2)}
@@ -86,10 +87,7 @@ def summarize(frame: pd.DataFrame) -> ManifestSummary:
         cross_source_groups=frame.loc[sources > 1, "group"].nunique(),
         cross_source_images=int((sources > 1).sum()),
         shared_groups={pair: count for pair, count in shared.items() if count},
-        random_split={
-            "test_images": round(_TEST * len(frame)),
-            "leaked": round(_TEST * (1 - (1 - _TRAIN) ** (size - 1)).sum()),
-        },
+        random_split=_random_split(frame),
         sha256=manifest_digest(frame),
     )
 
@@ -105,6 +103,17 @@ def count_splits(frame: pd.DataFrame) -> dict[str, SplitCounts]:
             labels={label: int((part["label"] == label).sum()) for label in labels},
         )
         for name, part in parts.items()
+    }
+
+
+def _random_split(frame: pd.DataFrame) -> dict[str, int] | None:
+    try:
+        splits = random_splits(frame, seed=0)
+    except DataError:
+        return None
+    return {
+        "test_images": round(np.mean([(split == "test").sum() for split in splits])),
+        "leaked": round(np.mean([leaked_by_group(frame, split).sum() for split in splits])),
     }
 
 

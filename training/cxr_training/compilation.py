@@ -1,0 +1,364 @@
+"""A faster graph for the same model, accepted only if it answers as well.
+
+Candidates are made from the bundle's graph, run on the validation split beside it, image by image
+in turn, and the fastest that passes the gate takes its place.
+"""
+
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import pandas as pd
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from cxr.config import Candidate, Compilation, Guards, ModelConfig, file_sha256, load_config
+from cxr.engine import CONFIG_FILE
+from cxr.errors import Rejection
+from cxr.mar import CARD_FILE, verify
+from cxr_archive.packager import pack
+from cxr_training.data import manifest_digest, read_manifest
+from cxr_training.errors import TrainingError
+from cxr_training.features import image_tensors
+from cxr_training.runs import staged
+
+Float32Array = npt.NDArray[np.float32]
+
+TENSORRT: Final = "TensorrtExecutionProvider"
+ORIGINAL, OPTIMIZED = "original", "optimized"
+# Shares of the convolutions, from the input on, that stay in float32: the first ones see the grey
+# values themselves, and every later feature inherits their error.
+_FLOAT_SHARES = (0.0, 0.25, 0.5, 0.625, 0.75)
+_QUANTIZED = ("Conv", "Clip", "Add")
+_CALIBRATION_IMAGES = 48
+_WARM_UP_RUNS = 3
+_ROUNDING = 1e-9
+_ERRORS_ONLY = 3
+# A smaller gain is within the noise of its measurement.
+_LEAST_SPEEDUP = 1.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What a graph may lose against the original, on the validation split.
+
+    Attributes:
+        accuracy: share of images, 0 to 1.
+        difference: 95th percentile over the images of the largest change of a class probability.
+        flags: share of images of which guards may come to say something else, 0 to 1.
+    """
+
+    accuracy: float = 0.005
+    difference: float = 0.05
+    flags: float = 0.01
+
+
+def compile_bundle(
+    source: Path, manifest: Path, out: Path, *, gate: Gate | None = None, tensorrt: bool = False
+) -> Compilation:
+    """Choose the fastest graph that passes the gate, and write bundle or archive with it.
+
+    Args:
+        source: a bundle folder or a `.mar`.
+        manifest: the manifest that the model was trained on, with its splits: `manifest.parquet` of
+            the run folder.
+        out: the bundle folder to write, or an archive if its name ends in `.mar`.
+        gate: what may be lost.
+        tensorrt: have TensorRT run the graph; it builds its own engine where it serves.
+
+    Returns:
+        What was tried and chosen, as it stands in the written configuration.
+
+    Raises:
+        TrainingError: another manifest, no TensorRT here, or nothing to compile.
+        ModelLoadError: the source is damaged or not one of ours.
+        OSError: the result cannot be written.
+    """
+    if tensorrt and TENSORRT not in ort.get_available_providers():
+        raise TrainingError(
+            "ONNX Runtime has no TensorRT here; compile for it on a machine with a GPU and "
+            "onnxruntime-gpu."
+        )
+    frame = read_manifest(manifest)
+    with _as_bundle(source) as bundle, TemporaryDirectory() as temporary:
+        config = load_config(bundle)
+        if config.compilation is not None:
+            raise TrainingError("This model is compiled already; compile the original.")
+        _check_manifest(frame, config)
+        work = Path(temporary)
+        graphs = _candidates(bundle / config.graph.file, frame, config, work)
+        validation = frame[frame["split"] == "validation"]
+        providers = ([TENSORRT] if tensorrt else []) + ["CPUExecutionProvider"]
+        trials = _trials(graphs, validation, config, providers=providers)
+        compilation = _judged(trials, gate or Gate(), config, tensorrt=tensorrt)
+        config = _with_limits(config, trials[compilation.chosen].limits)
+        _write(bundle, config, graphs[compilation.chosen], compilation, out)
+    return compilation
+
+
+@contextmanager
+def _as_bundle(source: Path) -> Iterator[Path]:
+    """The bundle itself, or the one inside an archive."""
+    if source.is_dir():
+        yield source
+        return
+    verify(source)
+    with TemporaryDirectory() as folder, zipfile.ZipFile(source) as mar:
+        mar.extractall(folder)  # its names and digests have just been checked
+        yield Path(folder)
+
+
+def _check_manifest(frame: pd.DataFrame, config: ModelConfig) -> None:
+    if "split" not in frame or manifest_digest(frame) != config.training_data.manifest_sha256:
+        raise TrainingError(
+            "This is not the manifest that the model was trained on; give manifest.parquet of its "
+            "run folder."
+        )
+
+
+def _candidates(
+    graph: Path, frame: pd.DataFrame, config: ModelConfig, work: Path
+) -> dict[str, Path]:
+    """Graphs by name: the original first."""
+    optimized = work / "optimized.onnx"
+    # The switch of the heat maps is an input with a default, which ONNX Runtime warns of.
+    ort.set_default_logger_severity(_ERRORS_ONLY)
+    # What only one kind of processor could run is left to the loading.
+    quant_pre_process(str(graph), str(optimized), skip_symbolic_shape=True)
+    found = {ORIGINAL: graph, OPTIMIZED: optimized}
+    nodes = onnx.load(optimized).graph.node
+    convolutions = [place for place, node in enumerate(nodes) if node.op_type == "Conv"]
+    if not convolutions:
+        return found
+    training = frame[frame["split"] == "train"]
+    training = training.sample(min(_CALIBRATION_IMAGES, len(training)), random_state=0)
+    tensors = list(image_tensors(training, config.preprocessing))
+    for share in _FLOAT_SHARES:
+        first = convolutions[int(share * len(convolutions))]
+        name = f"int8-{share:g}"
+        found[name] = work / f"{name}.onnx"
+        quantize_static(
+            str(optimized),
+            str(found[name]),
+            _Images(config.graph.input.name, tensors),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(_QUANTIZED),
+            nodes_to_exclude=[node.name for node in nodes[:first]],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            # Without it, processors that lack VNNI add products of eight bits in sixteen, and
+            # saturate.
+            reduce_range=True,
+        )
+    return found
+
+
+class _Images(CalibrationDataReader):  # type: ignore[misc]
+    """Calibration images, one by one."""
+
+    def __init__(self, name: str, tensors: Sequence[Float32Array]) -> None:
+        self._name = name
+        self._rest = iter(tensors)
+
+    def get_next(self) -> dict[str, Float32Array] | None:
+        """The next input by name; `None` at the end."""
+        tensor = next(self._rest, None)
+        return None if tensor is None else {self._name: tensor[None]}
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One graph on the validation split.
+
+    Attributes:
+        right: per image, whether its most probable class is the true one.
+        labels: per image, number of the most probable class.
+        differences: per image, the largest change of a probability against the original.
+        seconds: processor time of each image.
+        limits: of the scores that the graph gives its guards, moved as these scores are; empty
+            where there are no guards.
+        flags: per image and score, whether it lies above its limit.
+    """
+
+    right: npt.NDArray[np.bool_]
+    labels: npt.NDArray[np.int64]
+    differences: npt.NDArray[np.float64]
+    seconds: npt.NDArray[np.float64]
+    limits: Mapping[Rejection, float]
+    flags: npt.NDArray[np.bool_]
+
+
+def _trials(
+    graphs: Mapping[str, Path],
+    validation: pd.DataFrame,
+    config: ModelConfig,
+    *,
+    providers: Sequence[str],
+) -> dict[str, _Trial]:
+    """Every graph on every image, in turn, so that a slow spell of the machine meets all."""
+    sessions = {name: _session(path, providers) for name, path in graphs.items()}
+    expected = {output.name for output in sessions[ORIGINAL].get_outputs()}
+    for name, session in sessions.items():
+        if {output.name for output in session.get_outputs()} != expected:
+            raise TrainingError(f"The graph {name} lost an output of the original.")
+    # On the CPU the calling thread does all the work, and its own time is free of the decoders'.
+    clock = time.thread_time if providers[0] == "CPUExecutionProvider" else time.perf_counter
+    outputs = [config.graph.output.name]
+    if config.guards is not None:
+        outputs.append(config.guards.output.name)
+    probabilities: dict[str, list[Float32Array]] = {name: [] for name in graphs}
+    scores: dict[str, list[Float32Array]] = {name: [] for name in graphs}
+    seconds: dict[str, list[float]] = {name: [] for name in graphs}
+    for index, tensor in enumerate(image_tensors(validation, config.preprocessing)):
+        fed = {config.graph.input.name: tensor[None]}
+        for name, session in sessions.items():
+            for _ in range(_WARM_UP_RUNS if index == 0 else 0):
+                session.run(None, fed)
+            start = clock()
+            row, *judged = session.run(outputs, fed)
+            seconds[name].append(clock() - start)
+            probabilities[name].append(np.asarray(row[0]))
+            scores[name] += [np.asarray(found[0]) for found in judged]
+    truth = np.asarray([config.labels.index(label) for label in validation["label"]])
+    original = np.asarray(probabilities[ORIGINAL], dtype=np.float64)
+    trials = {}
+    for name, rows in probabilities.items():
+        found = np.asarray(rows, dtype=np.float64)
+        labels = found.argmax(axis=1)
+        trials[name] = _Trial(
+            labels == truth,
+            labels,
+            np.abs(found - original).max(axis=1),
+            np.asarray(seconds[name]),
+            *_guarded(scores[name], scores[ORIGINAL], config.guards),
+        )
+    return trials
+
+
+def _guarded(
+    scores: Sequence[Float32Array], original: Sequence[Float32Array], guards: Guards | None
+) -> tuple[Mapping[Rejection, float], npt.NDArray[np.bool_]]:
+    """A graph's limits, moved by the median change of each score, and what lies above them.
+
+    Coarser arithmetic takes all images alike a little away from the training images, so that the
+    limits of the original would flag too many.
+    """
+    if guards is None:
+        return {}, np.zeros((len(scores), 0), dtype=np.bool_)
+    found = np.asarray(scores, dtype=np.float64)
+    moves = np.median(found - np.asarray(original, dtype=np.float64), axis=0)
+    limits = np.asarray([guards.limits[reason] for reason in guards.scores]) + moves
+    return dict(zip(guards.scores, limits.tolist(), strict=True)), found > limits
+
+
+def _session(path: Path, providers: Sequence[str]) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    return ort.InferenceSession(str(path), options, providers=list(providers))
+
+
+def _judged(
+    trials: Mapping[str, _Trial], gate: Gate, config: ModelConfig, *, tensorrt: bool
+) -> Compilation:
+    original = trials[ORIGINAL]
+    candidates = tuple(_figures(name, trial, original, gate) for name, trial in trials.items())
+    faster = [one for one in candidates if one.passed and one.speedup >= _LEAST_SPEEDUP]
+    best = max(faster, key=lambda one: one.speedup, default=candidates[0])
+    return Compilation(
+        chosen=best.name,
+        source_sha256=config.graph.sha256,
+        images=len(original.right),
+        accuracy_limit=gate.accuracy,
+        difference_limit=gate.difference,
+        flags_limit=None if config.guards is None else gate.flags,
+        candidates=candidates,
+        execution_provider=TENSORRT if tensorrt else None,
+        onnxruntime=installed("onnxruntime"),
+    )
+
+
+def _figures(name: str, trial: _Trial, original: _Trial, gate: Gate) -> Candidate:
+    lost = float(original.right.mean() - trial.right.mean())
+    difference = float(np.quantile(trial.differences, 0.95))
+    flags = (trial.flags != original.flags).any(axis=1)
+    return Candidate(
+        name=name,
+        accuracy=float(trial.right.mean()),
+        labels_changed=int((trial.labels != original.labels).sum()),
+        difference_p95=difference,
+        difference_max=float(trial.differences.max()),
+        milliseconds=float(np.median(trial.seconds)) * 1e3,
+        speedup=float(np.median(original.seconds) / np.median(trial.seconds)),
+        flags_changed=int(flags.sum()) if trial.limits else None,
+        # False for NaN too.
+        passed=lost <= gate.accuracy + _ROUNDING
+        and difference <= gate.difference
+        and flags.mean() <= gate.flags + _ROUNDING,
+    )
+
+
+def _with_limits(config: ModelConfig, limits: Mapping[Rejection, float]) -> ModelConfig:
+    if config.guards is None:
+        return config
+    guards = config.guards.model_copy(update={"limits": {**config.guards.limits, **limits}})
+    return config.model_copy(update={"guards": guards})
+
+
+def _write(
+    bundle: Path, config: ModelConfig, graph: Path, compilation: Compilation, out: Path
+) -> None:
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "bundle"
+        target = folder if out.suffix == ".mar" else out
+        if target is out and out.exists() and not out.is_dir():
+            raise TrainingError(f"{out} is a file; a bundle is written to a folder.")
+        with staged(target) as files:
+            shutil.copyfile(graph, files / config.graph.file)
+            if (bundle / CARD_FILE).is_file():
+                card = (bundle / CARD_FILE).read_text(encoding="utf-8")
+                (files / CARD_FILE).write_text(card + _card_section(compilation), encoding="utf-8")
+            compiled = config.model_copy(
+                update={
+                    "graph": config.graph.model_copy(update={"sha256": file_sha256(graph)}),
+                    "compilation": compilation,
+                }
+            )
+            (files / CONFIG_FILE).write_text(compiled.to_json(), encoding="utf-8")
+        if out.suffix == ".mar":
+            pack(folder, out)
+
+
+def _card_section(compilation: Compilation) -> str:
+    chosen = compilation.choice
+    return (
+        f"\n## Compilation\n\nThe graph was compiled (`{chosen.name}`). The figures above are the "
+        f"original's. On {compilation.images} images of the validation split, its accuracy is "
+        f"{chosen.accuracy:.3f} (original {compilation.candidates[0].accuracy:.3f}); "
+        f"{chosen.labels_changed} labels changed, and probabilities by up to "
+        f"{chosen.difference_max:.3f} (95th percentile {chosen.difference_p95:.3f})."
+        + (
+            ""
+            if chosen.flags_changed is None
+            else f" Of {chosen.flags_changed} images guards say something else, with limits that "
+            "were moved as their scores are."
+        )
+        + "\n"
+    )
