@@ -41,7 +41,7 @@ def predict(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Ask a running service about IMAGES (JPEG or PNG files).
+    """Ask a running service about IMAGES (JPEG, PNG, TIFF or DICOM files).
 
     \b
     cxr predict chest1.jpg chest2.png

@@ -23,13 +23,18 @@ class RequestError(Exception):
     The message is one sentence for the caller. It never quotes the request's content.
     """
 
-    def __init__(self, status: HTTPStatus, message: str) -> None:
+    def __init__(
+        self, status: HTTPStatus, message: str, grpc_status: grpc.StatusCode | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self._grpc_status = grpc_status
 
     @property
     def grpc_status(self) -> grpc.StatusCode:
         """The gRPC status with the same meaning."""
+        if self._grpc_status is not None:
+            return self._grpc_status
         if self.status in _GRPC_STATUS:
             return _GRPC_STATUS[self.status]
         if self.status < HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -45,6 +50,15 @@ def bad_request(message: str) -> RequestError:
 def unavailable(message: str) -> RequestError:
     """503 / UNAVAILABLE: the same request may succeed later."""
     return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, message)
+
+
+def busy() -> RequestError:
+    """503 / RESOURCE_EXHAUSTED: more waits already than may."""
+    return RequestError(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "The service is busy; try again later.",
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )
 
 
 def check_batch(count: int, max_batch: int) -> None:

@@ -9,20 +9,25 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
 import uvicorn
 import uvloop
 
+from cxr.config import ModelConfig
 from cxr.mar import find_archive, verify
 from cxr_server.origin import checked_origin
 from cxr_server.rest import create_app
 from cxr_server.rpc import start_grpc
-from cxr_server.service import Service
-from cxr_server.settings import Settings, address
-from cxr_server.torchserve import TorchServe
+from cxr_server.service import Runtime, Service
+from cxr_server.settings import QualityPolicy, RuntimeName, Settings, address
+from cxr_server.startup import Phase, Startup
+from cxr_server.wire import HttpProtocol
+
+if TYPE_CHECKING:
+    from cxr_server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +60,54 @@ def serve(path: Path, settings: Settings, on_ready: Callable[[Endpoints], None])
         ModelLoadError: the archive is not fit to be served.
         ServeError: an address is taken, or the model was lost while serving.
     """
+    startup = Startup()
+    startup.ended(Phase.PROCESS)
     with checked_origin(find_archive(path), settings) as archive:
         config = verify(archive)
+        startup.ended(Phase.VERIFY)
+        if settings.quality_policy == QualityPolicy.REFUSE and config.guards is None:
+            raise ServeError(
+                "This model has no guards, so that no image could be refused by them; train it "
+                "again, or use --quality-policy flag."
+            )
+        runtime = _runtime(archive, config, settings)
         log.info("serving %s %s with %d workers", config.name, config.version, settings.workers)
-        service = Service(TorchServe(archive, config, settings), config, settings)
-        uvloop.run(_serve(service, settings, on_ready))
+        tracing = _tracing(config, settings)
+        service = Service(runtime, config, settings, startup, tracing)
+        try:
+            uvloop.run(_serve(service, settings, on_ready))
+        finally:
+            if tracing is not None:
+                tracing.shutdown()
+
+
+def _runtime(archive: Path, config: ModelConfig, settings: Settings) -> Runtime:
+    """What the settings name; what the other one needs is not even imported."""
+    if settings.runtime is RuntimeName.INPROCESS:
+        from cxr_server.inprocess import InProcess  # noqa: PLC0415
+
+        return InProcess(archive, settings)
+    try:
+        from cxr_server.torchserve import TorchServe  # noqa: PLC0415
+    except ImportError as error:
+        raise ServeError(
+            f"TorchServe is not installed here ({error.name} is missing): install "
+            "cxr-serve[torchserve], or use --runtime inprocess."
+        ) from error
+    return TorchServe(archive, config, settings)
+
+
+def _tracing(config: ModelConfig, settings: Settings) -> "Tracing | None":
+    if not settings.tracing:
+        return None
+    try:
+        from cxr_server.tracing import Tracing  # noqa: PLC0415
+    except ImportError as error:
+        raise ServeError(
+            f"OpenTelemetry is not installed here ({error.name} is missing): install "
+            "cxr-serve[tracing], or leave --tracing out."
+        ) from error
+    return Tracing(config)
 
 
 async def _serve(
@@ -156,9 +204,13 @@ def _start_rest(
 ) -> tuple[uvicorn.Server, asyncio.Task[None]]:
     config = uvicorn.Config(
         create_app(service),
+        http=HttpProtocol,
+        # Nothing here asks where a request came from.
+        proxy_headers=False,
         log_config=None,
         log_level="info" if settings.verbose else "warning",
-        access_log=settings.verbose,
+        # It would log what stands in the query; cxr_server.logs has one of its own.
+        access_log=False,
         server_header=False,
         # Longer than the idle timeout of common proxies, so that they close first.
         timeout_keep_alive=75,

@@ -1,8 +1,9 @@
-"""The REST endpoints: KServe V1, raw images and Open Inference Protocol V2."""
+"""The REST endpoints: KServe V1, raw images, Open Inference Protocol V2 and SageMaker's two."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from typing import Any
 
@@ -13,10 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cxr
-from cxr_server import v1, v2
+from cxr.answer import Answer, Options
+from cxr_server import context, v1, v2
 from cxr_server.errors import RequestError, bad_request, unavailable, without_message
+from cxr_server.logs import log_access
 from cxr_server.service import Image, Service, check_model, raise_if_all_bad
 
 log = logging.getLogger(__name__)
@@ -25,11 +29,15 @@ _JSON = "application/json"
 _BINARY = "application/octet-stream"
 # `curl --data` sends a form's type where none is given; such bodies are JSON too.
 _JSON_TYPES = ("", _JSON, "application/x-www-form-urlencoded")
-_RAW_TYPES = ("image/jpeg", "image/png", _BINARY)
+# The second one is what SageMaker's own containers take.
+_RAW_TYPES = (*v1.IMAGE_TYPES, _BINARY, "application/x-image")
+# SageMaker's paths; all others belong to V1 or V2.
+_SAGEMAKER = ("/ping", "/invocations")
 # Of a body that is too large, this many times the limit is read and dropped, so that the client
 # gets to read the answer instead of a broken connection.
 _DROP_FACTOR = 8
 _CLIENT_CLOSED_REQUEST = 499
+_CONTEXT = (context.REQUEST_ID.encode(), context.TRACEPARENT.encode())
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -43,7 +51,7 @@ class _ModelName(StringConvertor):
 register_url_convertor("model", _ModelName())
 
 
-def create_app(service: Service) -> Starlette:
+def create_app(service: Service) -> ASGIApp:
     """The REST application of a service."""
     endpoints = _Endpoints(service)
     routes = [
@@ -51,6 +59,9 @@ def create_app(service: Service) -> Starlette:
         ("/v1/models", "list", endpoints.v1_list, "GET"),
         ("/v1/models/{name:model}", "ready", endpoints.v1_ready, "GET"),
         ("/v1/models/{name:model}:predict", "predict", endpoints.v1_predict, "POST"),
+        ("/ping", "ready", endpoints.ping, "GET"),
+        ("/invocations", "predict", endpoints.invocations, "POST"),
+        ("/v1/models/{name:model}:explain", "explain", endpoints.v1_explain, "POST"),
         ("/v2", "metadata", endpoints.v2_server, "GET"),
         ("/v2/health/live", "live", endpoints.v2_live, "GET"),
         ("/v2/health/ready", "ready", endpoints.v2_ready, "GET"),
@@ -62,13 +73,14 @@ def create_app(service: Service) -> Starlette:
             (f"{prefix}/ready", "ready", endpoints.v2_model_ready, "GET"),
             (f"{prefix}/infer", "infer", endpoints.v2_infer, "POST"),
         ]
-    return Starlette(
+    app = Starlette(
         routes=[
-            Route(path, _measured(service, method, endpoint), methods=[verb])
+            Route(path, _observed(service, path, method, endpoint), methods=[verb])
             for path, method, endpoint, verb in routes
         ],
         exception_handlers={HTTPException: _http_error},
     )
+    return _identified(app)
 
 
 class _Endpoints:
@@ -88,23 +100,43 @@ class _Endpoints:
         self._require_ready()
         return _json({"name": name, "ready": True})
 
+    async def ping(self, _: Request) -> Response:
+        self._require_ready()
+        return Response()
+
     async def v1_predict(self, request: Request) -> Response:
         self._checked(request)
+        return await self.invocations(request)
+
+    async def invocations(self, request: Request) -> Response:
+        images, _ = await self._v1_images(request)
+        answers = await _for_client(request, self._service.predict(images))
+        raise_if_all_bad(answers)
+        return Response(v1.response(self._service.config, answers), media_type=_JSON)
+
+    async def v1_explain(self, request: Request) -> Response:
+        self._checked(request)
+        images, label = await self._v1_images(request)
+        label = label or request.query_params.get("class")
+        options = Options(explain=label or True)
+        answers = await _for_client(request, self._service.predict(images, options))
+        raise_if_all_bad(answers)
+        body = v1.response(self._service.config, answers, explained=True)
+        return Response(body, media_type=_JSON)
+
+    async def _v1_images(self, request: Request) -> tuple[list[Image], str | None]:
+        """The images of the body, and the class that it names."""
         content_type = _media_type(request)
         body = await self._body(request)
         if content_type in _RAW_TYPES:
-            images: list[Image] = [body]
-        elif content_type in _JSON_TYPES:
-            images = v1.parse(body, self._service.settings.max_batch)
-        else:
-            raise RequestError(
-                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-                "This content type is not accepted; send application/json, image/jpeg or "
-                "image/png.",
-            )
-        answers = await self._service.predict(images)
-        raise_if_all_bad(answers)
-        return Response(v1.response(self._service.config, answers), media_type=_JSON)
+            return [body], None
+        if content_type in _JSON_TYPES:
+            return v1.parse(body, self._service.settings.max_batch)
+        raise RequestError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"This content type is not accepted; send {_JSON}, "
+            f"{', '.join(v1.IMAGE_TYPES[:-1])} or {v1.IMAGE_TYPES[-1]}.",
+        )
 
     async def v2_server(self, _: Request) -> Response:
         return _json(
@@ -154,7 +186,7 @@ class _Endpoints:
         infer = v2.parse_rest(
             await self._body(request), json_length, self._service.settings.max_batch
         )
-        answers = await self._service.predict(infer.images)
+        answers = await _for_client(request, self._service.predict(infer.images, infer.options))
         raise_if_all_bad(answers)
         body, length = v2.response_rest(self._service.config, infer, answers)
         if length is None:
@@ -180,17 +212,27 @@ class _Endpoints:
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                 "Compressed requests are not accepted; send no Content-Encoding.",
             )
-        limit = self._service.settings.max_request_bytes
+        settings = self._service.settings
+        limit = settings.max_request_bytes
         chunks: list[bytes] = []
         size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= limit:
-                chunks.append(chunk)
-            else:
-                chunks.clear()
-            if size > _DROP_FACTOR * limit:
-                break
+        try:
+            async with asyncio.timeout(settings.request_timeout):
+                with self._service.holding() as hold:
+                    async for chunk in request.stream():
+                        size += len(chunk)
+                        if size <= limit:
+                            hold(len(chunk))
+                            chunks.append(chunk)
+                        else:
+                            chunks.clear()
+                        if size > _DROP_FACTOR * limit:
+                            break
+        except TimeoutError as error:
+            raise RequestError(
+                HTTPStatus.REQUEST_TIMEOUT,
+                f"The request did not arrive within {settings.request_timeout:g} s.",
+            ) from error
         if size > limit:
             raise RequestError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -201,17 +243,48 @@ class _Endpoints:
         return b"".join(chunks)
 
 
+def _identified(app: ASGIApp) -> ASGIApp:
+    """Give every request its context, and every answer its id, those of unknown paths too."""
+
+    async def identified(scope: Scope, receive: Receive, send: Send) -> None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id, traceparent = (headers.get(name, b"").decode("latin-1") for name in _CONTEXT)
+        entered = context.enter(request_id, traceparent)
+
+        async def send_identified(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((_CONTEXT[0], entered.request_id.encode()))
+            await send(message)
+
+        await app(scope, receive, send_identified)
+
+    return identified
+
+
+def _observed(service: Service, path: str, method: str, endpoint: Endpoint) -> Endpoint:
+    """The endpoint with its measurements, and with its spans where they are wanted."""
+    measured = _measured(service, method, endpoint)
+    if service.tracing is None or method not in context.INFERENCE:
+        return measured
+    return service.tracing.endpoint(path.replace("{name:model}", "{name}"), measured)
+
+
 def _measured(service: Service, method: str, endpoint: Endpoint) -> Endpoint:
     """Answer what the endpoint raises, and count and time the request."""
 
     async def measured(request: Request) -> Response:
-        protocol = "v2" if request.url.path.startswith("/v2") else "v1"
+        path: str = request.scope["path"]
+        protocol = "v2" if path.startswith("/v2") else "v1"
+        if path in _SAGEMAKER:
+            protocol = "sagemaker"
         start = time.perf_counter()
         with service.metrics.in_flight.track_inprogress():
             response = await _answered(endpoint, request)
         code = str(response.status_code)
         service.metrics.requests.labels(protocol, method, code).inc()
-        service.metrics.duration.labels(protocol, method).observe(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        service.metrics.duration.labels(protocol, method).observe(seconds)
+        log_access(protocol, method, code, seconds)
         if service.draining:
             response.headers["Connection"] = "close"
         return response
@@ -235,7 +308,34 @@ def _error(status: int, message: str) -> Response:
     response = _json({"error": message}, status)
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         response.headers["Retry-After"] = "1"
+    if status == HTTPStatus.REQUEST_TIMEOUT:
+        response.headers["Connection"] = "close"
     return response
+
+
+async def _for_client(
+    request: Request, answering: Coroutine[Any, Any, list[Answer]]
+) -> list[Answer]:
+    """Wait for answers as long as the client does.
+
+    Raises:
+        ClientDisconnect: it has left; what was not computed yet is not computed any more.
+    """
+    answers = asyncio.create_task(answering)
+    leaving = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait((answers, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not answers.done():
+            raise ClientDisconnect
+        return answers.result()
+    finally:
+        answers.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

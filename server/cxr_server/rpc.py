@@ -10,8 +10,10 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 
 import cxr
+from cxr_server import context as contexts
 from cxr_server import v2
 from cxr_server.errors import RequestError, bad_request, without_message
+from cxr_server.logs import log_access
 from cxr_server.service import Service, check_model, raise_if_all_bad
 from cxr_server.settings import address
 
@@ -28,6 +30,8 @@ _METHODS = (
     "ModelMetadata",
     "ModelInfer",
 )
+
+Call = Callable[[Any, Any], Awaitable[Any]]
 
 
 class InferenceServicer:
@@ -83,7 +87,7 @@ class InferenceServicer:
         async def answer() -> Any:
             check_model(self._service, request.model_name, request.model_version)
             infer = _parse(request, self._service.settings.max_batch)
-            answers = await self._service.predict(infer.images)
+            answers = await self._service.predict(infer.images, infer.options)
             raise_if_all_bad(answers)
             tensors = v2.output_tensors(self._service.config, answers, infer.outputs)
             return self._response(infer.id, tensors, raw=bool(request.raw_input_contents))
@@ -134,7 +138,9 @@ class InferenceServicer:
                 message = "The service failed; try again later."
             finally:
                 metrics.requests.labels(_PROTOCOL, method, status.name).inc()
-                metrics.duration.labels(_PROTOCOL, method).observe(time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                metrics.duration.labels(_PROTOCOL, method).observe(seconds)
+                log_access(_PROTOCOL, method, status.name, seconds)
         if status is not grpc.StatusCode.OK:
             await context.abort(status, message)
         return response
@@ -153,11 +159,21 @@ def _parse(request: Any, max_batch: int) -> v2.InferRequest:
         )
     images = v2.unpack_bytes(raw[0], count) if raw else list(first.contents.bytes_contents)
     v2.check_count(images, count)
+    outputs = v2.check_outputs([output.name for output in request.outputs])
     return v2.InferRequest(
         id=request.id or str(uuid.uuid4()),
         images=images,
-        outputs=v2.check_outputs([output.name for output in request.outputs]),
+        outputs=outputs,
+        options=v2.options(_parameter(request.parameters, v2.EXPLAIN), outputs),
     )
+
+
+def _parameter(parameters: Any, name: str) -> object:
+    """The value of a request's parameter; None if it has none of that name."""
+    if name not in parameters:
+        return None
+    parameter = parameters[name]
+    return getattr(parameter, parameter.WhichOneof("parameter_choice") or "", None)
 
 
 def _reader(message: Any) -> Callable[[bytes], Any]:
@@ -170,6 +186,20 @@ def _reader(message: Any) -> Callable[[bytes], Any]:
             return None
 
     return read
+
+
+def _identified(call: Call) -> Call:
+    """Give a call its context, and its answer the id."""
+
+    async def identified(request: Any, context: Any) -> Any:
+        metadata = dict(context.invocation_metadata())
+        entered = contexts.enter(
+            metadata.get(contexts.REQUEST_ID, ""), metadata.get(contexts.TRACEPARENT, "")
+        )
+        await context.send_initial_metadata(((contexts.REQUEST_ID, entered.request_id),))
+        return await call(request, context)
+
+    return identified
 
 
 async def start_grpc(service: Service) -> tuple[Any, int]:
@@ -191,17 +221,21 @@ async def start_grpc(service: Service) -> tuple[Any, int]:
         ]
     )
     servicer = InferenceServicer(service)
+    calls: dict[str, Call] = {name: getattr(servicer, name) for name in _METHODS}
+    if service.tracing is not None:
+        name = "ModelInfer"
+        calls[name] = service.tracing.call(f"{_SERVICE}/{name}", calls[name])
     server.add_generic_rpc_handlers(
         (
             grpc.method_handlers_generic_handler(
                 _SERVICE,
                 {
                     name: grpc.unary_unary_rpc_method_handler(
-                        getattr(servicer, name),
+                        _identified(call),
                         request_deserializer=_reader(getattr(pb, f"{name}Request")),
                         response_serializer=getattr(pb, f"{name}Response").SerializeToString,
                     )
-                    for name in _METHODS
+                    for name, call in calls.items()
                 },
             ),
         )

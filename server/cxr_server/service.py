@@ -1,43 +1,62 @@
 """The service behind every protocol: its model, whether it is ready, and its answers."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from http import HTTPStatus
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from cxr.answer import Answer, Options, Prediction
 from cxr.config import ModelConfig
 from cxr.decode import check_size
-from cxr.engine import Prediction, warm_up_image
+from cxr.engine import warm_up_image
 from cxr.errors import BadImageError
-from cxr_server.errors import RequestError, bad_request, check_batch, unavailable
-from cxr_server.metrics import Metrics
-from cxr_server.settings import Settings
+from cxr.quality import refusal
+from cxr_server.errors import RequestError, bad_request, busy, check_batch, unavailable
+from cxr_server.metrics import ANSWERED, Metrics
+from cxr_server.settings import QualityPolicy, Settings
+from cxr_server.startup import Phase, Startup
+
+if TYPE_CHECKING:
+    from cxr_server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
-Answer = Prediction | BadImageError
+DEFAULT_OPTIONS = Options()
 # An encoded image, or what is already known to be wrong with it.
 Image = bytes | BadImageError
 
 _POLL_INTERVAL = 1.0
-# Seconds without an answer of TorchServe after which this process gives up. Workers that restart
+# Until the first readiness, since all of it is added to the start of a replica.
+_STARTING_POLL_INTERVAL = 0.1
+# Seconds without an answer of the runtime after which this process gives up. Workers that restart
 # get as long as they had at first, since how long that takes depends on the machine.
 _LOST_AFTER = 15.0
-# Images that wait or are being answered, at most, and their bytes in units of the largest request:
-# what would wait longer than that is better sent to another replica.
-_MAX_IMAGES = 1000
+# What requests may hold in memory together, in units of the largest one.
 _MAX_REQUESTS_HELD = 16
 
 
 class Runtime(Protocol):
-    """What runs the model: TorchServe, or anything that can stand in its place."""
+    """What runs the model.
+
+    Attributes:
+        name: what to call it in messages.
+    """
+
+    name: str
+
+    @property
+    def restarts(self) -> int:
+        """How many workers ended by themselves and were replaced, as far as it knows."""
 
     async def start(self) -> None:
         """Start; it need not be ready yet."""
 
-    async def wait(self) -> int:
-        """Wait until it has ended by itself, and return its exit code."""
+    async def wait(self) -> str:
+        """Wait until it has ended by itself, and return a sentence that says so."""
 
     async def stop(self, *, now: bool = False) -> None:
         """End it and free what it holds; `now` without waiting for it to end by itself."""
@@ -48,8 +67,16 @@ class Runtime(Protocol):
     def load_error(self) -> str | None:
         """Why a worker could not load the model, once one could not."""
 
-    async def predict(self, image: bytes) -> Answer:
-        """Answer one encoded image."""
+    async def predict(self, image: bytes, options: Options) -> Answer:
+        """Answer one encoded image.
+
+        Args:
+            image: the file's bytes.
+            options: what is wanted beside the probabilities; the model can give it.
+
+        Raises:
+            RequestError: there is no answer, and why.
+        """
 
 
 class Service:
@@ -59,22 +86,34 @@ class Service:
         config: the model's configuration.
         settings: how the service runs.
         metrics: its metrics.
+        tracing: makes spans; None where there are none.
         draining: no longer ready, but requests still get answers.
     """
 
-    def __init__(self, runtime: Runtime, config: ModelConfig, settings: Settings) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        config: ModelConfig,
+        settings: Settings,
+        startup: Startup,
+        tracing: "Tracing | None" = None,
+    ) -> None:
         self.config = config
         self.settings = settings
-        self.metrics = Metrics()
-        self.metrics.model.labels(config.name, config.version, config.graph.sha256).set(1)
+        self.metrics = Metrics(config, settings)
+        self.tracing = tracing
         self.draining = False
         self._runtime = runtime
+        self._predict = tracing.predict(runtime.predict) if tracing else runtime.predict
         self._warm = False
         self._workers = 0
+        self._restarts = 0
         self._failed = False
         self._images_held = 0
         self._bytes_held = 0
+        self._startup = startup
         self.metrics.ready.set_function(lambda: self.ready)
+        self.metrics.queued.set_function(lambda: max(0, self._images_held - self._workers))
 
     @property
     def ready(self) -> bool:
@@ -106,58 +145,118 @@ class Service:
         self._publish(0)
         if watching.done():
             return watching.result()
-        return self._load_failure() or f"TorchServe ended by itself (exit code {ended.result()})."
+        return self._load_failure() or ended.result()
 
     async def stop(self, *, now: bool = False) -> None:
         """End the runtime; `now` when there is nothing left of it to wait for."""
         self._publish(0)
         await self._runtime.stop(now=now)
 
-    async def predict(self, images: Sequence[Image]) -> list[Answer]:
+    async def predict(
+        self, images: Sequence[Image], options: Options = DEFAULT_OPTIONS
+    ) -> list[Answer]:
         """Answer each image by itself, in order.
 
+        Args:
+            images: encoded images, or what is wrong with them.
+            options: what is wanted of each beside the probabilities.
+
         Raises:
-            RequestError: too many images; not ready; too busy; or the runtime could not answer one.
+            RequestError: too many images; an explanation that the model cannot give; not ready; too
+                busy; or the runtime could not answer one.
         """
         check_batch(len(images), self.settings.max_batch)
+        self._check_explanation(options.explain)
+        if self.settings.quality_policy == QualityPolicy.OFF:
+            options = replace(options, quality=False)
         if not self._able:
             raise unavailable("The model is not ready; try again later.")
-        size = sum(len(image) for image in images if isinstance(image, bytes))
-        if (
-            self._images_held + len(images) > _MAX_IMAGES
-            or self._bytes_held + size > _MAX_REQUESTS_HELD * self.settings.max_request_bytes
-        ):
-            raise unavailable("The service is busy; try again later.")
-        self._images_held += len(images)
-        self._bytes_held += size
-        try:
-            return await self._answers(images)
-        finally:
-            self._images_held -= len(images)
-            self._bytes_held -= size
+        if self._images_held + len(images) > self.settings.max_queue:
+            raise busy()
+        with self.holding() as hold:
+            size = sum(len(image) for image in images if isinstance(image, bytes))
+            hold(size)
+            self.metrics.received.inc(size)
+            self._images_held += len(images)
+            try:
+                return await self._answers(images, options)
+            finally:
+                self._images_held -= len(images)
 
-    async def _answers(self, images: Sequence[Image]) -> list[Answer]:
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[Callable[[int], None]]:
+        """Count what a request holds in memory, until the end of the context.
+
+        Yields:
+            A function to call with each further number of bytes. It raises RequestError (503) where
+            all requests together would hold too much.
+        """
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            limit = _MAX_REQUESTS_HELD * self.settings.max_request_bytes
+            if self._bytes_held + size > limit:
+                raise busy()
+            held += size
+            self._bytes_held += size
+
+        try:
+            yield hold
+        finally:
+            self._bytes_held -= held
+
+    def _check_explanation(self, explain: bool | str) -> None:
+        if explain is False:
+            return
+        if self.config.explanation is None:
+            raise bad_request("This model has no explanation; export it again.")
+        if explain is not True and explain not in self.config.labels:
+            raise bad_request(
+                f"There is no such class to explain; the classes are "
+                f"{', '.join(self.config.labels)}."
+            )
+
+    async def _answers(self, images: Sequence[Image], options: Options) -> list[Answer]:
+        if len(images) == 1:
+            return [await self._answer(images[0], options)]
         # Bad images are answers, so an exception here fails the request as a whole; gather would
         # leave the others running, the group ends them.
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._answer(image)) for image in images]
+                tasks = [group.create_task(self._answer(image, options)) for image in images]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _answer(self, image: Image) -> Answer:
+    async def _answer(self, image: Image, options: Options) -> Answer:
         answer: Answer
+        start = time.perf_counter()
         if isinstance(image, BadImageError):
             answer = image
         else:
             try:
                 check_size(image, self.settings.limits)
-                answer = await self._runtime.predict(image)
+                answer = self._as_policy(await self._predict(image, options))
             except BadImageError as error:
                 answer = error
-        outcome = answer.reason.value if isinstance(answer, BadImageError) else "answered"
+        outcome = ANSWERED
+        if isinstance(answer, BadImageError):
+            outcome = answer.reason.value
+        else:
+            self.metrics.predicted(answer, time.perf_counter() - start)
         self.metrics.images.labels(outcome).inc()
+        return answer
+
+    def _as_policy(self, answer: Answer) -> Answer:
+        """Count what guards have found, and refuse the image for it where the policy says so."""
+        if isinstance(answer, BadImageError) or answer.quality is None:
+            return answer
+        reasons = answer.quality.reasons
+        for reason in reasons:
+            self.metrics.flagged.labels(reason.value).inc()
+        if reasons and self.settings.quality_policy == QualityPolicy.REFUSE:
+            return refusal(reasons)
         return answer
 
     async def _watch(self) -> str:
@@ -170,9 +269,11 @@ class Service:
                 return failure
             answer = await self._runtime.ready_workers()
             workers = answer or 0
+            self._count_restarts()
             now = loop.time()
             if answer is not None:
                 last_answer = now
+                self._startup.ended(Phase.RUNTIME)
             if workers:
                 last_ready = now
             if self._warm:
@@ -182,7 +283,7 @@ class Service:
                     log.info("ready again")
                 self._publish(workers)
                 if now - last_answer > _LOST_AFTER:
-                    return f"TorchServe has not answered for {_LOST_AFTER:g} s."
+                    return f"{self._runtime.name} has not answered for {_LOST_AFTER:g} s."
                 if now - last_ready > self.settings.startup_timeout:
                     return (
                         "No worker has had the model loaded for "
@@ -190,19 +291,24 @@ class Service:
                     )
             elif workers >= self.settings.workers and await self._warm_up():
                 self._publish(workers)
+                self._report_start()
             elif now > deadline:
                 return (
                     f"The workers were not ready within {self.settings.startup_timeout:g} s: "
                     f"{workers} of {self.settings.workers} have the model loaded."
                 )
-            await asyncio.sleep(_POLL_INTERVAL)
+            await asyncio.sleep(_POLL_INTERVAL if self._warm else _STARTING_POLL_INTERVAL)
 
     async def _warm_up(self) -> bool:
         """Have every worker answer one image through the whole path."""
+        self._startup.ended(Phase.LOAD)
         image = warm_up_image()
         try:
             answers = await asyncio.gather(
-                *(self._runtime.predict(image) for _ in range(self.settings.workers))
+                *(
+                    self._runtime.predict(image, DEFAULT_OPTIONS)
+                    for _ in range(self.settings.workers)
+                )
             )
         except RequestError as error:
             log.warning("warm-up failed: %s", error)
@@ -210,9 +316,20 @@ class Service:
         self._warm = all(isinstance(answer, Prediction) for answer in answers)
         return self._warm
 
+    def _report_start(self) -> None:
+        self._startup.ended(Phase.WARM_UP)
+        for phase, seconds in self._startup.seconds.items():
+            self.metrics.startup.labels(phase).set(seconds)
+        log.info("ready %s", self._startup)
+
     def _load_failure(self) -> str | None:
         reason = self._runtime.load_error()
         return f"A worker could not load the model: {reason}" if reason else None
+
+    def _count_restarts(self) -> None:
+        restarts = self._runtime.restarts
+        self.metrics.restarts.inc(restarts - self._restarts)
+        self._restarts = restarts
 
     def _publish(self, workers: int) -> None:
         self._workers = workers

@@ -33,6 +33,13 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+class RuntimeName(StrEnum):
+    """What runs the model: TorchServe, or worker processes of this service's own."""
+
+    TORCHSERVE = "torchserve"
+    INPROCESS = "inprocess"
+
+
 class SignaturePolicy(StrEnum):
     """What an archive without a good signature means."""
 
@@ -41,41 +48,67 @@ class SignaturePolicy(StrEnum):
     ENFORCE = "enforce"
 
 
+class LogFormat(StrEnum):
+    """What a line of the log looks like."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class QualityPolicy(StrEnum):
+    """What becomes of an image that the model's guards find fault with."""
+
+    OFF = "off"
+    FLAG = "flag"
+    REFUSE = "refuse"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How the service runs.
 
     Attributes:
+        runtime: what runs the model.
         host: address that REST, gRPC and metrics listen on.
         rest_port: 0 picks a free port, as for the other two.
         signature_policy: `OFF` does not look at signatures; `WARN` serves and logs what is wrong;
             `ENFORCE` refuses.
         verify_key: public key that archives must be signed by; needed unless the policy is `OFF`.
+        quality_policy: `OFF` asks no guards; `FLAG` answers and says what is wrong; `REFUSE`
+            answers nothing but that.
         workers: processes that each hold the model; by default one per available core.
         limits: the largest image that is accepted.
         max_batch: images in one request, at most.
-        request_timeout: seconds that one image may take, queueing included.
+        max_queue: images that wait or are being answered, at most; what would wait for longer than
+            the request timeout is better sent to another replica.
+        request_timeout: seconds that one image may take, queueing included, and that a request may
+            take to arrive.
         startup_timeout: seconds from start until every worker has answered a warm-up image, and
             later for a worker to come back where none is left.
         drain_delay: seconds after SIGTERM in which new requests are still taken, so that load
             balancers can see that the service is no longer ready.
         grace_period: seconds after that for requests in flight.
-        verbose: log what TorchServe logs, and every request.
+        tracing: send traces to where OpenTelemetry's environment variables say.
+        verbose: log what the runtime logs.
     """
 
+    runtime: RuntimeName = RuntimeName.TORCHSERVE
     host: str = "127.0.0.1"
     rest_port: int = REST_PORT
     grpc_port: int = GRPC_PORT
     metrics_port: int = METRICS_PORT
     signature_policy: SignaturePolicy = SignaturePolicy.OFF
     verify_key: Path | None = None
+    quality_policy: QualityPolicy = QualityPolicy.FLAG
     workers: int = field(default_factory=available_cores)
     limits: DecodeLimits = DEFAULT_LIMITS
     max_batch: int = 64
+    max_queue: int = 1000
     request_timeout: float = 60.0
     startup_timeout: float = 180.0
     drain_delay: float = 1.0
     grace_period: float = 30.0
+    tracing: bool = False
     verbose: bool = False
 
     @property

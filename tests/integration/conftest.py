@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cxr_archive.packager import pack
+from cxr_server.settings import RuntimeName
 from support.bundles import make_bundle
 from support.servers import Server, serving
 
@@ -19,7 +20,7 @@ MAX_REQUEST_BYTES = 2 * MAX_IMAGE_BYTES
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model, as training exports one."""
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
+    return make_bundle(tmp_path_factory.mktemp("bundle"), explained=True)
 
 
 @pytest.fixture(scope="session")
@@ -30,11 +31,12 @@ def archive(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def server(archive: Path) -> Iterator[Server]:
+@pytest.fixture(scope="session", params=RuntimeName)
+def server(archive: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server for all tests that leave it as it is: two workers, small limits."""
     with serving(
         archive,
+        f"--runtime={request.param}",
         "--workers=2",
         f"--max-image-bytes={MAX_IMAGE_BYTES}",
         f"--max-image-pixels={MAX_IMAGE_PIXELS}",

@@ -24,6 +24,8 @@ from integration.conftest import (
     MAX_REQUEST_BYTES,
 )
 from support.bundles import encoded_image
+from support.dicoms import dicom_bytes
+from support.fuzz import png_that_declares
 from support.protocols import (
     BINARY,
     JSON,
@@ -44,29 +46,17 @@ SECRET = "patient-4711"  # noqa: S105
 Code = grpc.StatusCode
 
 
-def save(image: Image.Image, kind: str) -> bytes:
+def save(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def png_that_declares(width: int, height: int) -> bytes:
-    """A few bytes that promise as many pixels."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    data = chunk(b"IDAT", zlib.compress(bytes(1000)))
-    return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (600, 600), dtype=np.uint8)
 SMALL = Image.fromarray(NOISE[:64, :64])
 
-# Name: bytes, HTTP status, words of the sentence. Statuses: 413 too large, 415 another format.
+# Name: bytes, HTTP status, words of the sentence. Statuses: 413 too large, 415 another format,
+# 422 no radiograph of the chest.
 BAD_IMAGES: dict[str, tuple[bytes, int, str]] = {
     "text": (f"not an image: {SECRET}".encode(), 400, "not an image"),
     "zeros": (bytes(1000), 400, "not an image"),
@@ -76,9 +66,20 @@ BAD_IMAGES: dict[str, tuple[bytes, int, str]] = {
     "only a jpeg signature": (b"\xff\xd8\xff\xe0", 400, "truncated"),
     "only a png signature": (b"\x89PNG\r\n\x1a\n", 400, "truncated"),
     "png with damaged header": (GOOD[:16] + bytes(10) + GOOD[26:], 400, "damaged"),
-    "dicom": (bytes(128) + b"DICM" + SECRET.encode() * 10, 415, "DICOM"),
+    "damaged dicom": (bytes(128) + b"DICM" + SECRET.encode() * 10, 400, "DICOM"),
+    "ct": (
+        dicom_bytes(NOISE[:64, :64], Modality="CT", PatientID=SECRET),
+        422,
+        "computed tomography",
+    ),
+    "hand": (
+        dicom_bytes(NOISE[:64, :64], BodyPartExamined="HAND", PatientID=SECRET),
+        422,
+        "(hand)",
+    ),
+    "several frames": (dicom_bytes(NOISE[:64, :64], NumberOfFrames=2), 422, "several frames"),
+    "several pages": (save(SMALL, "TIFF", save_all=True, append_images=[SMALL]), 422, "pages"),
     "gif": (save(SMALL, "GIF"), 415, "GIF"),
-    "tiff": (save(SMALL, "TIFF"), 415, "TIFF"),
     "bmp": (save(SMALL, "BMP"), 415, "BMP"),
     "pdf": (b"%PDF-1.7 " + SECRET.encode(), 415, "PDF"),
     "too many bytes": (save(Image.fromarray(NOISE), "PNG"), 413, "MiB"),
@@ -88,7 +89,7 @@ BAD_IMAGES: dict[str, tuple[bytes, int, str]] = {
 images = pytest.mark.parametrize(
     ("image", "status", "words"), BAD_IMAGES.values(), ids=BAD_IMAGES.keys()
 )
-GRPC_CODE = {400: Code.INVALID_ARGUMENT, 413: Code.INVALID_ARGUMENT, 415: Code.INVALID_ARGUMENT}
+GRPC_CODE = dict.fromkeys([400, 413, 415, 422], Code.INVALID_ARGUMENT)
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +359,7 @@ class TestV2Binary:
 class TestHttp:
     @pytest.mark.parametrize(
         "content_type",
-        ["text/plain", "multipart/form-data; boundary=x", "image/gif", "application/dicom", SECRET],
+        ["text/plain", "multipart/form-data; boundary=x", "image/gif", "application/pdf", SECRET],
     )
     @pytest.mark.parametrize("path", [V1, V2])
     def test_content_type(self, http: httpx.Client, path: str, content_type: str) -> None:
@@ -428,7 +429,7 @@ class TestHttp:
         [
             f"/{SECRET}",
             "/v3",
-            "/v1/models/cxr:explain",
+            "/v1/models/cxr:generate",
             "/v2/models/cxr/generate",
             "/predictions/cxr",
             "/models",
@@ -644,6 +645,7 @@ def test_200_malformed_requests(server: Server, http: httpx.Client, stub: Any) -
         answer = rng.choice(kinds)()
         seen[answer] = seen.get(answer, 0) + 1
 
-    assert set(seen) <= {"400", "413", "415", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}, seen
+    refused = {"400", "413", "415", "422", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
+    assert set(seen) <= refused, seen
     assert_good(http)
     assert server.worker_pids() == before

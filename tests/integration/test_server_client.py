@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from cxr.engine import Engine, Prediction
+from cxr.answer import Prediction
+from cxr.engine import Engine
+from cxr_server.settings import RuntimeName
 from support.bundles import LABELS, encoded_image
 from support.servers import CXR, Server, free_port
+
+# What answers behind the server makes no difference here.
+one_runtime = pytest.mark.parametrize("server", [RuntimeName.INPROCESS], indirect=True)
 
 
 def predict(*arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -35,6 +40,7 @@ def files(tmp_path: Path) -> list[Path]:
     return [tmp_path / name for name in images]
 
 
+@one_runtime
 def test_json(service: list[str], files: list[Path], bundle: Path) -> None:
     good = [files[0], files[2]]
     done = predict(*service, "--json", *good)
@@ -49,6 +55,7 @@ def test_json(service: list[str], files: list[Path], bundle: Path) -> None:
         assert answer["model_version"] == "1.0"
 
 
+@one_runtime
 def test_table(service: list[str], files: list[Path]) -> None:
     done = predict(*service, files[0], files[2])
     assert done.returncode == 0, done.stderr
@@ -59,6 +66,7 @@ def test_table(service: list[str], files: list[Path]) -> None:
     assert all(label in dark for label in LABELS)
 
 
+@one_runtime
 def test_refused_image(service: list[str], files: list[Path]) -> None:
     """The others are answered all the same."""
     done = predict(*service, "--json", *files)
@@ -68,7 +76,7 @@ def test_refused_image(service: list[str], files: list[Path]) -> None:
     assert bright["label"]
     assert notes == {
         "image": str(files[1]),
-        "error": "The data is not an image; send one JPEG or PNG file.",
+        "error": "The data is not an image; send one JPEG, PNG, TIFF or DICOM file.",
     }
     table = predict(*service, *files)
     assert table.returncode == 1
@@ -76,6 +84,7 @@ def test_refused_image(service: list[str], files: list[Path]) -> None:
     assert "Traceback" not in table.stderr
 
 
+@one_runtime
 def test_unknown_model(service: list[str], files: list[Path]) -> None:
     done = predict(*service, "--model", "another", files[0])
     assert done.returncode == 1

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -22,11 +22,10 @@ import pytest
 from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from cxr.config import ModelConfig
-from cxr.mar import CHECKSUMS, digests
 from cxr_archive import packager
-from cxr_server.settings import available_cores
-from support.bundles import encoded_image, make_bundle
+from cxr_server.settings import RuntimeName, available_cores
+from support.archives import Edit, Files, before_each_batch, edited_archive
+from support.bundles import encoded_image
 from support.protocols import V1, V2, grpc_request, v1_body, v2_document
 from support.servers import CXR, Server, alive, free_port, serving
 
@@ -36,6 +35,7 @@ EXIT_WITHIN = 30.0
 
 IMAGE = encoded_image(70)
 PNG = {"Content-Type": "image/png"}
+either_runtime = pytest.mark.parametrize("runtime", RuntimeName)
 
 
 @contextlib.contextmanager
@@ -122,11 +122,25 @@ class Load:
 
 
 class TestStart:
-    def test_live_at_once_and_ready_with_the_model(self, archive: Path) -> None:
+    @either_runtime
+    def test_live_at_once_and_ready_with_the_model(
+        self, tmp_path: Path, runtime: RuntimeName
+    ) -> None:
+        loading = tmp_path / "loading"
+        loading.touch()
+
+        def that_loads_slowly(files: Files) -> None:
+            wait = f"""import pathlib, time
+while pathlib.Path({str(loading)!r}).exists():
+    time.sleep(0.05)
+"""
+            files[packager.HANDLER] = wait.encode() + files[packager.HANDLER]
+
+        archive = edited_archive(tmp_path, that_loads_slowly)
         ports = free_port(), free_port(), free_port()
         names = ("--rest-port", "--grpc-port", "--metrics-port")
         options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
-        options += ["--workers=1", "--host=0.0.0.0"]
+        options += [f"--runtime={runtime}", "--workers=1", "--host=0.0.0.0"]
         rest, grpc_url = f"http://127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}"
         with serving(archive, *options, wait=False, free_ports=False) as server:
             server.wait_for("live", lambda: answers(f"{rest}/v2/health/live"), 30)
@@ -155,6 +169,7 @@ class TestStart:
             assert "cxr_ready 0.0" in httpx.get(f"http://127.0.0.1:{ports[2]}/metrics").text
             assert server.stdout == "", "readiness was announced too early"
 
+            loading.unlink()
             server.wait_ready()
             assert server.endpoints == {
                 "event": "ready",
@@ -162,7 +177,7 @@ class TestStart:
                 "grpc": f"0.0.0.0:{ports[1]}",
                 "metrics": f"http://0.0.0.0:{ports[2]}/metrics",
             }
-            # TorchServe's sockets are not among those that others can reach.
+            # The runtime's sockets are not among those that others can reach.
             assert listening(server) == {(server.pid, port) for port in ports}
             assert is_ready(rest)
             assert httpx.post(rest + V1, content=IMAGE, headers=PNG).status_code == 200
@@ -172,9 +187,10 @@ class TestStart:
                 server.process.send_signal(signal.SIGINT)
                 assert server.wait_exit() == 0
 
-    def test_sigterm_while_loading(self, archive: Path) -> None:
-        with serving(archive, wait=False) as server:
-            server.wait_for("TorchServe", lambda: "Model server started" in server.log, 60)
+    @either_runtime
+    def test_sigterm_while_loading(self, archive: Path, runtime: RuntimeName) -> None:
+        with serving(archive, f"--runtime={runtime}", wait=False) as server:
+            server.wait_for("the runtime", server.left, 60)
             with left_nothing(server):
                 assert server.terminate() == 0
             assert server.stdout == ""
@@ -217,33 +233,20 @@ def answers(url: str) -> bool:
     return False
 
 
-Edit = Callable[[dict[str, bytes]], None]
-
-
-def broken_archive(tmp_path: Path, edit: Edit) -> Path:
-    """An archive that is whole, of a model that no worker can load."""
-    bundle = make_bundle(tmp_path / "bundle")
-    files = packager._files(bundle, ModelConfig.from_json((bundle / "cxr-model.json").read_bytes()))
-    edit(files)
-    files[CHECKSUMS] = json.dumps(digests(files)).encode()
-    path = tmp_path / "broken.mar"
-    packager._write_zip(path, files.items())
-    return path
-
-
-def with_another_input(files: dict[str, bytes]) -> None:
+def with_another_input(files: Files) -> None:
     """A graph whose input has another name than the configuration says."""
     config = json.loads(files["cxr-model.json"])
     config["graph"]["input"]["name"] = "another"
     files["cxr-model.json"] = json.dumps(config).encode()
 
 
-def with_missing_module(files: dict[str, bytes]) -> None:
+def with_missing_module(files: Files) -> None:
     """A handler that fails before its first line of its own runs."""
     files[packager.HANDLER] = b"import no_such_module\n" + files[packager.HANDLER]
 
 
 class TestModelThatCannotBeLoaded:
+    @either_runtime
     @pytest.mark.parametrize(
         ("edit", "reason"),
         [
@@ -252,23 +255,24 @@ class TestModelThatCannotBeLoaded:
         ],
         ids=["graph", "handler"],
     )
-    def test_ends_with_the_reason(self, tmp_path: Path, edit: Edit, reason: str) -> None:
+    def test_ends_with_the_reason(
+        self, tmp_path: Path, edit: Edit, reason: str, runtime: RuntimeName
+    ) -> None:
         start = time.monotonic()
-        with serving(broken_archive(tmp_path, edit), "--workers=1", wait=False) as server:
-            server.wait_for("TorchServe", lambda: "Model server started" in server.log, 60)
-            tree = server.tree()
+        options = (f"--runtime={runtime}", "--workers=1")
+        with serving(edited_archive(tmp_path, edit), *options, wait=False) as server:
             assert server.wait_exit(EXIT_WITHIN - (time.monotonic() - start)) == 1
             assert server.stdout == "", "it was never ready"
             assert reason in server.log
             assert "A worker could not load the model" in server.log.splitlines()[-1]
-            server.wait_for("no process left", lambda: not alive(tree), 5)
+            server.wait_for("no process left", lambda: not server.left(), 5)
             assert list(server.folder.iterdir()) == []
 
 
-@pytest.fixture(scope="class")
-def own(archive: Path) -> Iterator[Server]:
+@pytest.fixture(scope="class", params=RuntimeName)
+def own(archive: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server for one class of tests."""
-    with serving(archive, "--workers=2") as running:
+    with serving(archive, f"--runtime={request.param}", "--workers=2") as running:
         yield running
 
 
@@ -311,36 +315,38 @@ class TestWorkerKilled:
             load.wait_for_answers(20)
         assert set(load.failures) <= {"503", "UNAVAILABLE"}
         assert own.process.poll() is None
+        own.wait_for(
+            "each of the three killed workers in the metrics",
+            lambda: "cxr_worker_restarts_total 3.0" in httpx.get(own.metrics).text,
+            5,
+        )
 
     def test_ends_as_ever(self, own: Server) -> None:
         with left_nothing(own):
             assert own.terminate() == 0
 
 
-def with_traps(files: dict[str, bytes]) -> None:
+def with_traps(files: Files) -> None:
     """A handler that does not survive some images, as a bug in a decoder would have it."""
-    traps = b"""
-    def handle(self, rows, context):
-        import os, time
-        body = _body(rows[0])
-        if body == b"die":
-            os._exit(1)
-        if body == b"raise":
-            raise KeyError("patient-4711")
-        if body == b"wait":
-            time.sleep(4)
-        return self.handle_all(rows, context)
-
-    def handle_all("""
-    handler = files[packager.HANDLER]
-    assert handler.count(b"\n    def handle(") == 1
-    files[packager.HANDLER] = handler.replace(b"\n    def handle(", traps)
+    before_each_batch(
+        files,
+        """import os, time
+if b"die" in bodies:
+    os._exit(1)
+if b"raise" in bodies:
+    raise KeyError("patient-4711")
+if b"wait" in bodies:
+    time.sleep(4)""",
+    )
 
 
-@pytest.fixture(scope="class")
-def trapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    path = broken_archive(tmp_path_factory.mktemp("traps"), with_traps)
-    with serving(path, "--workers=2", "--request-timeout=3", "--max-batch=2000") as running:
+@pytest.fixture(scope="class", params=RuntimeName)
+def trapped(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Server]:
+    path = edited_archive(tmp_path_factory.mktemp("traps"), with_traps)
+    options = ("--workers=2", "--request-timeout=3")
+    with serving(path, f"--runtime={request.param}", *options) as running:
         yield running
 
 
@@ -366,11 +372,6 @@ class TestHandlerThatFails:
         rest, code = self.ask(trapped, [b"wait"])
         assert rest == (504, "There was no answer within 3 s; try again later.")
         assert code == "DEADLINE_EXCEEDED"
-
-    def test_too_busy(self, trapped: Server) -> None:
-        rest, code = self.ask(trapped, [IMAGE] * 1001)
-        assert rest == (503, "The service is busy; try again later.")
-        assert code == "UNAVAILABLE"
 
     def test_death(self, trapped: Server) -> None:
         """Two workers may die of one image, but no third; the service recovers."""
@@ -409,9 +410,11 @@ class TestTorchServeLost:
 
 
 class TestSigterm:
-    def test_under_load(self, archive: Path) -> None:
+    @either_runtime
+    def test_under_load(self, archive: Path, runtime: RuntimeName) -> None:
         """Not ready at once; every request that was sent is answered; exit code 0."""
-        with serving(archive, "--workers=2", "--drain-delay=2") as server, left_nothing(server):
+        options = (f"--runtime={runtime}", "--workers=2", "--drain-delay=2")
+        with serving(archive, *options) as server, left_nothing(server):
             rest = server.rest
             with Load(server).running(rest=4, grpc_clients=4) as load:
                 load.wait_for_answers(40)
@@ -424,12 +427,15 @@ class TestSigterm:
             assert load.failures == {}
             assert server.wait_exit() == 0
 
-    def test_requests_longer_than_the_drain_delay(self, archive: Path) -> None:
+    @either_runtime
+    def test_requests_longer_than_the_drain_delay(
+        self, archive: Path, runtime: RuntimeName
+    ) -> None:
         """Those in flight are answered although nobody else is let in any more."""
         buffer = BytesIO()
         Image.new("L", (5000, 5000), 90).save(buffer, "PNG")
         with (
-            serving(archive, "--workers=1", "--drain-delay=0") as server,
+            serving(archive, f"--runtime={runtime}", "--workers=1", "--drain-delay=0") as server,
             left_nothing(server),
         ):
             rest = server.rest
@@ -474,11 +480,12 @@ def listening(server: Server) -> set[tuple[int, int]]:
 
 
 class TestInside:
-    """What can be seen of the shared server's processes."""
+    """What can be seen of the shared servers' processes."""
 
     def test_nothing_listens_beyond_loopback_by_default(self, server: Server) -> None:
         assert listening(server) == set()
 
+    @pytest.mark.parametrize("server", [RuntimeName.TORCHSERVE], indirect=True)
     def test_management_needs_a_token(self, server: Server) -> None:
         """TorchServe's gRPC ports cannot be turned off."""
         ports = [
@@ -502,7 +509,17 @@ class TestInside:
         (folder,) = server.folder.glob("cxr-*")
         assert folder.stat().st_mode & 0o077 == 0
 
-    def test_threads_are_pinned(self, server: Server) -> None:
+    @pytest.mark.parametrize("server", [RuntimeName.INPROCESS], indirect=True)
+    def test_workers_have_cores_of_their_own(self, server: Server) -> None:
+        """Where there are enough for all, as in the container that this may run in."""
+        cores = [worker.cpu_affinity() for worker in server.workers()]
+        everything = sorted(os.sched_getaffinity(0))
+        if available_cores() == len(everything) >= 2:
+            assert not set(cores[0]) & set(cores[1])
+        else:
+            assert cores == [everything, everything]
+
+    def test_threads_are_limited(self, server: Server) -> None:
         expected = str(max(1, available_cores() // 2))
         workers = server.workers()
         assert len(workers) == 2

@@ -1,6 +1,8 @@
 """The counters on the metrics port are exactly what was asked."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -10,9 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from cxr.config import load_config
+from cxr_server.settings import RuntimeName, Settings
 from support.bundles import encoded_image
+from support.metrics import documented
 from support.protocols import V1, V2, grpc_request, v1_body, v2_document
-from support.servers import Server
+from support.servers import START_TIMEOUT, Server
 
 GOOD = encoded_image(80)
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -26,7 +30,7 @@ def scrape(server: Server) -> Callable[[], Samples]:
             (sample.name, frozenset(sample.labels.items())): sample.value
             for family in text_string_to_metric_families(text)
             for sample in family.samples
-            if not sample.name.endswith(("_created", "_bucket", "_sum"))
+            if not sample.name.endswith(("_bucket", "_sum"))
         }
 
     return read
@@ -36,7 +40,7 @@ def key(metric: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
     return metric, frozenset(labels.items())
 
 
-def test_counters(server: Server, scrape: Callable[[], Samples]) -> None:
+def test_counters(server: Server, bundle: Path, scrape: Callable[[], Samples]) -> None:
     before = scrape()
     with httpx.Client(base_url=server.rest) as http:
         for _ in range(3):
@@ -57,8 +61,11 @@ def test_counters(server: Server, scrape: Callable[[], Samples]) -> None:
     changed = {
         name: value - before.get(name, 0)
         for name, value in after.items()
-        if value != before.get(name, 0)
+        if not name[0].startswith(("process_", "cxr_memory_")) and value != before.get(name, 0)
     }
+    # Which class it is depends on the model; all are the same image.
+    (predicted,) = [name for name in changed if name[0] == "cxr_predictions_total"]
+    assert dict(predicted[1])["label"] in load_config(bundle).labels
     requests = {
         ("v1", "predict", "200"): 3,
         ("v1", "predict", "400"): 1,
@@ -82,6 +89,13 @@ def test_counters(server: Server, scrape: Callable[[], Samples]) -> None:
             key("cxr_request_duration_seconds_count", protocol=protocol, method=method): count
             for (protocol, method), count in durations.items()
         },
+        predicted: 8,
+        **{
+            key("cxr_stage_duration_seconds_count", stage=stage): 8
+            for stage in ("queue", "decode", "preprocess", "inference", "postprocess")
+        },
+        key("cxr_prediction_confidence_count"): 8,
+        key("cxr_received_bytes_total"): 8 * len(GOOD) + len(b"no image") + len(b"GIF89a"),
         key("cxr_images_total", outcome="answered"): 8,
         key("cxr_images_total", outcome="not_an_image"): 1,
         key("cxr_images_total", outcome="empty"): 1,
@@ -96,4 +110,52 @@ def test_state(server: Server, bundle: Path, scrape: Callable[[], Samples]) -> N
     assert samples[key("cxr_ready")] == 1
     assert samples[key("cxr_workers_ready")] == 2
     assert samples[key("cxr_requests_in_flight")] == 0
-    assert samples[key("cxr_model_info", name="cxr", version="1.0", graph_sha256=graph)] == 1
+    assert samples[key("cxr_images_queued")] == 0
+    phases = ("process", "verify", "runtime", "load", "warm_up")
+    started = [samples[key("cxr_startup_phase_seconds", phase=phase)] for phase in phases]
+    # The steps leave no gap: Java and the workers take most of the time.
+    assert all(seconds > 0 for seconds in started)
+    assert 1 < sum(started) < START_TIMEOUT
+    # It runs once in each runtime.
+    (served,) = [dict(labels) for name, labels in samples if name == "cxr_model_info"]
+    assert served.pop("runtime") in set(RuntimeName)
+    assert served == {"name": "cxr", "version": "1.0", "graph_sha256": graph}
+    assert samples[key("cxr_queue_capacity_images")] == Settings().max_queue
+    assert samples[key("cxr_worker_restarts_total")] == 0
+    assert 0 < samples[key("process_start_time_seconds")] < time.time()
+    # Every class is there before its first answer, so that this shows as an increase.
+    assert {key("cxr_predictions_total", label=label) for label in config.labels} <= set(samples)
+
+
+def test_the_catalogue_is_what_a_scrape_shows(server: Server) -> None:
+    catalogue = documented()
+    shown = {}
+    for family in text_string_to_metric_families(httpx.get(server.metrics).text):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        shown[name] = (family.type, labels)
+        assert family.documentation
+    # Those of the container depend on where this runs.
+    assert {name for name in catalogue if name not in shown} <= {
+        "cxr_memory_working_set_bytes",
+        "cxr_memory_limit_bytes",
+    }
+    for name, (kind, labels) in shown.items():
+        assert catalogue[name][0] == kind, name
+        # A family that has counted nothing yet has no labels.
+        assert labels in (set(), catalogue[name][1]), name
+
+
+def test_images_that_wait_for_a_worker_are_counted(
+    server: Server, scrape: Callable[[], Samples]
+) -> None:
+    """The queue is what an autoscaler may follow: it grows under load and empties after it."""
+    batch = v1_body([GOOD] * 8)
+    seen = 0.0
+    with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=server.rest, timeout=60) as http:
+        answers = [pool.submit(http.post, V1, content=batch) for _ in range(40)]
+        while not all(answer.done() for answer in answers):
+            seen = max(seen, scrape()[key("cxr_images_queued")])
+    assert all(answer.result().status_code == 200 for answer in answers)
+    assert seen > 0
+    assert scrape()[key("cxr_images_queued")] == 0

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,12 @@ import tritonclient.http as triton_http
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 import cxr
-from cxr.engine import Engine, Prediction
+from cxr.answer import Prediction
+from cxr.engine import Engine
+from cxr_server.settings import available_cores
 from integration.conftest import MAX_BATCH
 from support.bundles import LABELS, encoded_image
+from support.dicoms import dicom_bytes
 from support.protocols import V1, V2, grpc_request, v1_body, v2_binary, v2_document
 from support.servers import Server
 
@@ -31,13 +35,14 @@ IMAGES = [
     encoded_image(30, kind="PNG", seed=1),
     encoded_image(120, kind="JPEG", seed=2),
     encoded_image(240, size=(400, 300), kind="JPEG", seed=3),
+    dicom_bytes(np.arange(64 * 80, dtype=np.uint16).reshape(64, 80) % 4096),
 ]
 
 
 @pytest.fixture(scope="module")
 def expected(bundle: Path) -> list[Prediction]:
-    """What the engine answers in this process."""
-    answers = Engine(bundle).predict(IMAGES)
+    """What the engine answers in this process, with as many threads as each of two workers."""
+    answers = Engine(bundle, threads=max(1, available_cores() // 2)).predict(IMAGES)
     predictions = [answer for answer in answers if isinstance(answer, Prediction)]
     assert len({answer.label for answer in predictions}) > 1, "the images must differ"
     return predictions
@@ -92,7 +97,7 @@ def assert_v1(document: dict[str, Any], expected: list[Prediction]) -> None:
     assert len(document["predictions"]) == len(expected)
     for answer, prediction in zip(document["predictions"], expected, strict=True):
         assert answer["label"] == prediction.label
-        assert answer["probabilities"] == pytest.approx(prediction.probabilities, abs=TOLERANCE)
+        assert answer["probabilities"] == prediction.probabilities, "to the last bit"
         assert answer["positive"] == list(prediction.positive)
 
 
@@ -257,6 +262,10 @@ def assert_model_metadata(model: dict[str, Any]) -> None:
         "image": ("BYTES", [-1]),
         "probabilities": ("FP32", [-1, len(LABELS)]),
         "label": ("BYTES", [-1]),
+        "decision": ("BYTES", [-1, len(LABELS)]),
+        "heatmap": ("FP32", [-1, 64, 64]),
+        "overlay": ("BYTES", [-1]),
+        "explained": ("BYTES", [-1]),
         "error": ("BYTES", [-1]),
     }
 
@@ -264,7 +273,8 @@ def assert_model_metadata(model: dict[str, Any]) -> None:
 class TestPlainHttp:
     @pytest.mark.parametrize("index", range(len(IMAGES)))
     @pytest.mark.parametrize(
-        "content_type", ["image/jpeg", "image/png", "application/octet-stream"]
+        "content_type",
+        ["image/jpeg", "image/png", "image/tiff", "application/dicom", "application/octet-stream"],
     )
     def test_raw_image(
         self, http: httpx.Client, index: int, content_type: str, expected: list[Prediction]
@@ -348,7 +358,7 @@ class TestMixedBatch:
     """A bad image is marked in its place, and the good ones are answered."""
 
     BAD = b"this is not an image"
-    SENTENCE = "The data is not an image; send one JPEG or PNG file."
+    SENTENCE = "The data is not an image; send one JPEG, PNG, TIFF or DICOM file."
 
     @pytest.fixture
     def batch(self) -> list[bytes]:
@@ -435,3 +445,13 @@ def test_only_inference_is_offered_over_grpc(server: Server) -> None:
             with pytest.raises(grpc.RpcError) as failure:
                 call(request)
             assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_head_and_body_of_an_answer_arrive_together(server: Server) -> None:
+    host, port = server.rest.removeprefix("http://").rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        for _ in range(10):
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: cxr\r\n\r\n")
+            head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            assert json.loads(body)["models"] == ["cxr"]

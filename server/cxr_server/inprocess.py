@@ -1,0 +1,409 @@
+"""Runs the model in worker processes of this service's own, without TorchServe.
+
+Processes and not threads: a decoder that crashes on an image ends its worker, not the service, and
+each worker runs the archive's own code. A worker has its connection to this process, cores of its
+own, and one batch at a time; what waits, waits here, where it can still be dropped.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import zipfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cxr.answer import OPTIONS_HEADER, Answer, Options
+from cxr_server import worker
+from cxr_server.settings import Settings, available_cores
+from cxr_server.workers import (
+    ended_while_loading,
+    failed_twice,
+    no_worker,
+    not_ready,
+    parse_answer,
+    too_late,
+    worker_environment,
+)
+
+log = logging.getLogger(__name__)
+
+MODEL_CONFIG = "model-config.yaml"
+# Seconds that images wait for a worker while there is none; one needs about one to restart.
+_PATIENCE = 3.0
+# Seconds between two attempts of one worker to load the model.
+_RESTART_DELAY = 0.2
+_LINES_KEPT = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How many images a worker is given at once.
+
+    Attributes:
+        size: images, at most.
+        delay: seconds that the first of them waits for the others, at most.
+    """
+
+    size: int = 1
+    delay: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """An image that waits for its answer.
+
+    Attributes:
+        options: what is wanted of it.
+        answer: done once nobody waits any more, too.
+        failed: it has failed a worker by itself before.
+        alone: it goes into no batch, since one that it was in has failed.
+    """
+
+    image: bytes
+    options: Options
+    answer: "asyncio.Future[Answer]"
+    failed: bool = False
+    alone: bool = False
+
+
+class _WorkerError(Exception):
+    """A worker ended, or did not answer in time."""
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    """One process and the connection to it."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    output: "asyncio.Task[None]"
+    busy: bool = False
+    batching: Batching = field(default_factory=Batching)
+
+    async def receive(self) -> tuple[dict[str, Any], list[bytes]]:
+        """The next message.
+
+        Raises:
+            _WorkerError: the process has ended.
+        """
+        try:
+            prefix = await self.reader.readexactly(worker.LENGTH.size)
+            head = json.loads(await self.reader.readexactly(*worker.LENGTH.unpack(prefix)))
+            return head, [await self.reader.readexactly(size) for size in head["sizes"]]
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise _WorkerError("it ended") from error
+
+    async def ask(self, jobs: Sequence[_Job]) -> tuple[dict[str, Any], list[bytes]]:
+        """Send a batch, and wait for the answers.
+
+        Raises:
+            _WorkerError: the process has ended.
+        """
+        head = {
+            "headers": [{OPTIONS_HEADER: job.options.to_json()} for job in jobs],
+            "sizes": [len(job.image) for job in jobs],
+        }
+        data = json.dumps(head).encode()
+        images = (job.image for job in jobs)
+        self.writer.writelines((worker.LENGTH.pack(len(data)) + data, *images))
+        return await self.receive()
+
+    async def end(self) -> None:
+        """Kill it and what it has started."""
+        self.writer.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await self.process.wait()
+        self.output.cancel()
+
+
+class InProcess:
+    """Worker processes that serve one archive.
+
+    Attributes:
+        name: what to call it in messages.
+        folder: private folder with the unpacked archive.
+        restarts: how many workers ended by themselves and were replaced.
+    """
+
+    name = "The worker pool"
+
+    def __init__(self, archive: Path, settings: Settings) -> None:
+        self._archive = archive
+        self._settings = settings
+        self.folder = Path(tempfile.mkdtemp(prefix="cxr-"))
+        self._model_config: dict[str, Any] = {}
+        # Ordered by arrival, so that an image whose worker has died is not sent to the end.
+        self._waiting: asyncio.PriorityQueue[tuple[int, _Job]] = asyncio.PriorityQueue()
+        self._arrivals = itertools.count()
+        self._supervisors: list[asyncio.Task[None]] = []
+        self.restarts = 0
+        self._ready = 0
+        self._giving_up: asyncio.TimerHandle | None = None
+        self._load_error: str | None = None
+        self._failed_loads = 0
+        self._output: deque[str] = deque(maxlen=_LINES_KEPT)
+
+    async def start(self) -> None:
+        """Unpack the archive and start the workers; they need not be ready yet."""
+        with zipfile.ZipFile(self._archive) as mar:
+            mar.extractall(self.folder)
+        path = self.folder / MODEL_CONFIG
+        if path.is_file():
+            self._model_config = yaml.safe_load(path.read_bytes()) or {}
+        self._supervisors = [
+            asyncio.create_task(self._supervise(cores)) for cores in worker_cores(self._settings)
+        ]
+
+    async def wait(self) -> str:
+        """Wait until it cannot go on by itself, and return the reason."""
+        done, _ = await asyncio.wait(self._supervisors, return_when=asyncio.FIRST_EXCEPTION)
+        errors = {type(task.exception()).__name__ for task in done if task.exception()}
+        return f"{self.name} ended by itself ({', '.join(errors) or 'no worker is left'})."
+
+    async def stop(self, *, now: bool = False) -> None:  # noqa: ARG002 - nothing takes long here
+        """End the workers, and remove their files."""
+        for task in self._supervisors:
+            task.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        self._give_up()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def ready_workers(self) -> int:
+        """How many workers have the model loaded."""
+        return self._ready
+
+    def load_error(self) -> str | None:
+        """Why a worker could not load the model, once one could not."""
+        if self._load_error is not None:
+            return self._load_error
+        # One may be bad luck, as when someone kills it; all of them and one again is not.
+        if self._failed_loads <= self._settings.workers:
+            return None
+        for line in self._output:
+            log.error("worker: %s", line)
+        return ended_while_loading(self._failed_loads)
+
+    async def predict(self, image: bytes, options: Options) -> Answer:
+        """Answer one encoded image.
+
+        It is repeated when its worker died: inference changes nothing.
+
+        Raises:
+            RequestError: no worker was there (503), none answered in time (504), or two failed on
+                this image (500).
+        """
+        if not self._ready and self._giving_up is None:
+            raise not_ready()
+        answer = asyncio.get_running_loop().create_future()
+        job = _Job(image=image, options=options, answer=answer)
+        self._waiting.put_nowait((next(self._arrivals), job))
+        try:
+            async with asyncio.timeout(self._settings.request_timeout):
+                return await job.answer
+        except TimeoutError as error:
+            raise too_late(self._settings) from error
+        finally:
+            # It may stand in the queue for a while; the image need not.
+            job.image = b""
+
+    async def _supervise(self, cores: Sequence[int]) -> None:
+        """Keep one worker running, until it says that it cannot load the model."""
+        while self._load_error is None:
+            process = await self._spawn(cores)
+            try:
+                if await self._load(process):
+                    await self._serve(process)
+                else:
+                    await asyncio.sleep(_RESTART_DELAY)
+            finally:
+                await process.end()
+
+    async def _spawn(self, cores: Sequence[int]) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                # Without the folder of this file on the path.
+                "-P",
+                worker.__file__,
+                str(theirs.fileno()),
+                ",".join(map(str, cores)),
+                cwd=self.folder,
+                env=os.environ | worker_environment(self._settings) | {"TMPDIR": str(self.folder)},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=(theirs.fileno(),),
+                # A Ctrl-C in the terminal must reach this process alone: it drains first. And what
+                # a worker has started ends with it.
+                start_new_session=True,
+            )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        output = asyncio.create_task(self._forward_output(process))
+        return _Worker(process=process, reader=reader, writer=writer, output=output)
+
+    async def _load(self, process: _Worker) -> bool:
+        """Whether the worker has loaded the model."""
+        try:
+            async with asyncio.timeout(self._settings.startup_timeout):
+                hello, _ = await process.receive()
+        except (_WorkerError, TimeoutError):
+            self._failed_loads += 1
+            self.restarts += 1
+            return False
+        self._load_error = hello.get("error")
+        process.batching = self._batching(gpu=hello.get("device") == "gpu")
+        return self._load_error is None
+
+    async def _serve(self, process: _Worker) -> None:
+        """Let a worker answer until it ends."""
+        self._ready += 1
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+        if self._ready >= self._settings.workers:
+            self._failed_loads = 0
+        answering = asyncio.create_task(self._answer(process))
+        ended = asyncio.create_task(process.process.wait())
+        try:
+            await asyncio.wait((answering, ended), return_when=asyncio.FIRST_COMPLETED)
+            if process.busy:
+                # Its end shows on the connection, too; perhaps behind a last answer.
+                await asyncio.wait((answering,))
+            with contextlib.suppress(_WorkerError):
+                if answering.done():
+                    answering.result()
+            self.restarts += 1
+            log.warning("a worker ended; another one is started")
+        finally:
+            answering.cancel()
+            ended.cancel()
+            self._ready -= 1
+            if not self._ready:
+                loop = asyncio.get_running_loop()
+                self._giving_up = loop.call_later(_PATIENCE, self._give_up)
+
+    async def _answer(self, process: _Worker) -> None:
+        """Hand batches to a worker, one after the other.
+
+        Raises:
+            _WorkerError: it has ended, or took longer than a request may.
+        """
+        while True:
+            process.busy = False
+            first = await self._next()
+            process.busy = True
+            jobs = await self._batch(first, process.batching)
+            try:
+                async with asyncio.timeout(self._settings.request_timeout):
+                    head, texts = await process.ask([job for _, job in jobs])
+            except (_WorkerError, TimeoutError) as error:
+                self._failed(jobs, alone=len(jobs) == 1)
+                raise _WorkerError from error
+            except asyncio.CancelledError:
+                _turn_away(job for _, job in jobs)
+                raise
+            if failure := head.get("failure"):
+                log.error("the handler failed: %s", failure)
+            answers = list(map(parse_answer, texts))
+            for (_, job), answer in zip(jobs, answers, strict=True):
+                if answer is not None and not job.answer.done():
+                    job.answer.set_result(answer)
+            unanswered = [item for item, answer in zip(jobs, answers, strict=True) if not answer]
+            self._failed(unanswered, alone=len(jobs) == 1)
+
+    async def _next(self) -> tuple[int, _Job]:
+        """The next image that somebody still waits for."""
+        while True:
+            item = await self._waiting.get()
+            if not item[1].answer.done():
+                return item
+
+    async def _batch(self, first: tuple[int, _Job], batching: Batching) -> list[tuple[int, _Job]]:
+        """That image and, where the worker takes several, those that come soon after it."""
+        jobs = [first]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(batching.delay):
+                while len(jobs) < batching.size and not first[1].alone:
+                    item = await self._next()
+                    if item[1].alone:
+                        self._waiting.put_nowait(item)
+                        break
+                    jobs.append(item)
+        return jobs
+
+    def _failed(self, jobs: Sequence[tuple[int, _Job]], *, alone: bool) -> None:
+        """Give images another try by themselves, unless they had it."""
+        for item in jobs:
+            job = item[1]
+            if job.answer.done():
+                continue
+            # An image that kills its worker is not passed on until all are dead.
+            if job.failed:
+                job.answer.set_exception(failed_twice())
+                continue
+            job.failed = alone
+            job.alone = True
+            self._waiting.put_nowait(item)
+
+    def _give_up(self) -> None:
+        """Turn all away that wait: there is nobody to answer them."""
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+        _turn_away(self._waiting.get_nowait()[1] for _ in range(self._waiting.qsize()))
+
+    def _batching(self, *, gpu: bool) -> Batching:
+        """The archive's batching, which is another one on a GPU."""
+        given = self._model_config | (self._model_config.get("gpu") or {} if gpu else {})
+        return Batching(
+            size=int(given.get("batchSize", 1)), delay=int(given.get("maxBatchDelay", 0)) / 1000
+        )
+
+    async def _forward_output(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None  # noqa: S101 - piped
+        while True:
+            try:
+                data = await process.stdout.readline()
+            except ValueError:  # a line longer than the buffer; the rest must go on being read
+                continue
+            if not data:
+                return
+            line = data.decode(errors="replace").rstrip("\r\n")
+            self._output.append(line)
+            if self._settings.verbose:
+                log.info("worker: %s", line)
+
+
+def _turn_away(jobs: Iterable[_Job]) -> None:
+    for job in jobs:
+        if not job.answer.done():
+            job.answer.set_exception(no_worker())
+
+
+def worker_cores(settings: Settings) -> Iterator[Sequence[int]]:
+    """For each worker, the cores that it is pinned to; empty where it is not.
+
+    Pinned are the workers of a process that has its cores to itself. One that may only use a share
+    of many cores, as under a container's CPU quota, must not crowd the same few as its neighbours.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    own = len(cores) == available_cores() and settings.workers <= len(cores)
+    each = settings.threads_per_worker
+    for number in range(settings.workers):
+        yield cores[number * each : (number + 1) * each] if own else ()

@@ -1,0 +1,145 @@
+"""A worker process of the in-process runtime: runs an archive's own handler.
+
+usage: python -P worker.py DESCRIPTOR CORE,..., in the folder of an unpacked archive
+
+It stands in for TorchServe's worker, with as much of its contract as a handler of ours needs. The
+archive comes first on the path: its own copy of `cxr` runs, which it was tested with, whatever is
+installed here. So this file imports only the standard library.
+
+Messages, in both directions: the length of a JSON object in four bytes, that object, and then as
+many bytes as its `sizes` say. The first one says that the model is loaded, or why not; then each
+message is a batch, answered by one message. The end of the stream ends the worker.
+"""
+
+import importlib.util
+import inspect
+import json
+import os
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LENGTH = struct.Struct("<I")
+_MANIFEST = Path("MAR-INF/MANIFEST.json")
+
+
+class Context:
+    """What TorchServe tells a handler about its model and a batch, as far as it is used.
+
+    Attributes:
+        system_properties: `model_dir`, the unpacked archive.
+        headers: of each request of the batch.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self.system_properties = {"model_dir": str(model_dir)}
+        self.headers: Sequence[Mapping[str, str]] = ()
+
+    def get_all_request_header(self, idx: int) -> Mapping[str, str]:
+        """The headers of one request."""
+        return self.headers[idx]
+
+    def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:
+        """Nothing to do: the answer itself says whether an image was refused."""
+
+    def set_response_content_type(self, idx: int, value: str) -> None:
+        """Nothing to do: an answer is JSON."""
+
+
+def main(descriptor: int, cores: Sequence[int]) -> None:
+    """Load the model, and answer until the other end is closed.
+
+    Args:
+        descriptor: the connection's.
+        cores: that this process is pinned to, with all its threads; empty leaves it as it is.
+    """
+    if cores:
+        os.sched_setaffinity(0, cores)
+    model_dir = Path.cwd()
+    connection = socket.socket(fileno=descriptor)
+    context = Context(model_dir)
+    try:
+        handler = _handler(model_dir)
+        handler.initialize(context)
+    except Exception as error:
+        _send(connection, {"error": f"{type(error).__name__}: {error}", "sizes": []}, ())
+        raise
+    _send(connection, {"device": _device(handler), "sizes": []}, ())
+    while (message := _receive(connection)) is not None:
+        head, images = message
+        try:
+            context.headers = head["headers"]
+            texts = handler.handle([{"body": image} for image in images], context)
+            parts = [text.encode() for text in texts]
+            answer = {}
+        except Exception as error:
+            # Neither its message nor lines of code: they might quote the image.
+            frames = traceback.extract_tb(error.__traceback__)
+            where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+            parts = [b""] * len(images)
+            answer = {"failure": f"{type(error).__name__} at {where}"}
+        _send(connection, answer | {"sizes": [len(part) for part in parts]}, parts)
+
+
+def _handler(model_dir: Path) -> Any:
+    """The archive's handler: the only class of the module that the manifest names."""
+    manifest = json.loads((model_dir / _MANIFEST).read_bytes())
+    path = model_dir / manifest["model"]["handler"]
+    sys.path.insert(0, str(model_dir))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # noqa: S101 - a file of Python
+    assert spec.loader is not None  # noqa: S101
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    (handler,) = (
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and value.__module__ == module.__name__
+    )
+    return handler()
+
+
+def _device(handler: Any) -> str:
+    """`gpu` where the model runs on one."""
+    provider = getattr(getattr(handler, "engine", None), "provider", "")
+    return "cpu" if provider in ("", "CPUExecutionProvider") else "gpu"
+
+
+def _send(connection: socket.socket, head: Mapping[str, Any], parts: Sequence[bytes]) -> None:
+    data = json.dumps(head).encode()
+    connection.sendall(b"".join((LENGTH.pack(len(data)), data, *parts)))
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[bytes]] | None:
+    """The next message; None once the other end is closed."""
+    prefix = _exactly(connection, LENGTH.size)
+    if prefix is None:
+        return None
+    data = _exactly(connection, LENGTH.unpack(prefix)[0])
+    if data is None:
+        return None
+    head = json.loads(data)
+    parts = []
+    for size in head["sizes"]:
+        part = _exactly(connection, size)
+        if part is None:
+            return None
+        parts.append(part)
+    return head, parts
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes | None:
+    """So many bytes; None where the stream ends before. Each is written once, where it stays."""
+    if size == 0:
+        return b""
+    data = connection.recv(size, socket.MSG_WAITALL)
+    return data if len(data) == size else None
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), [int(core) for core in sys.argv[2].split(",") if core])
