@@ -1,0 +1,284 @@
+"""Our servers beside their peers and beside the limit of the machine, in one run.
+
+Every round starts each subject, lets it answer at each concurrency, and ends it; the rounds are
+interleaved, so that a slow spell of the machine meets all of them. All answer the same images with
+the same graph. `docs/benchmarks.md` says how to read the result.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cxr.config import load_config
+from cxr.engine import Engine
+from cxr.errors import BadImageError
+from limit import growth
+from load import Load, Request, ask_each, drive
+from report import LIMIT, machine, write_page, write_results
+from subjects import SUBJECTS, Setting, Subject, SubjectError, prepare, running
+
+HERE = Path(__file__).parent
+# What TorchServe's own handler can serve, too: one network, a linear head, no cutting out of lungs.
+_RECIPE = "lite0-frozen"
+
+
+def main() -> None:
+    """Measure, and write what was found."""
+    arguments = parse_arguments()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.archive is None:
+        make_model(arguments)
+    chosen = [SUBJECTS[name] for name in arguments.subjects]
+    settings, compilation = settings_of(arguments)
+    images = encoded_images(arguments.run, arguments.images)
+    for subject in chosen:
+        prepare(subject, settings["fp32"])
+    before = machine()
+    rows = Rows()
+    for number in range(arguments.rounds):
+        for precision, setting in settings.items():
+            print(f"round {number + 1}: {LIMIT}, {precision}", flush=True)
+            rows.add_limit(precision, measured_limit(setting, images, arguments.seconds))
+            for subject in chosen:
+                if precision != "fp32" and not subject.ours:
+                    continue
+                print(f"round {number + 1}: {subject.name}, {precision}", flush=True)
+                try:
+                    measure(subject, precision, setting, images, arguments=arguments, rows=rows)
+                except SubjectError as error:
+                    if subject.ours:
+                        raise SystemExit(str(error)) from None
+                    print(error, file=sys.stderr)
+                    rows.failed[subject.name] = str(error).partition("\n")[0]
+    result: dict[str, Any] = {
+        "machine": before,
+        "command": arguments.command,
+        "images": {
+            "count": len(images),
+            "kilobytes": float(np.mean([len(image) for image in images]) / 1e3),
+        },
+        "seconds": arguments.seconds,
+        "rounds": arguments.rounds,
+        "rows": rows.finished(),
+        "failed": rows.failed,
+        "compilation": compilation,
+        "growth": growth(settings["fp32"].model, images) if arguments.growth else None,
+    }
+    write_results(out / "benchmark.json", result)
+    if arguments.page is not None:
+        write_page(arguments.page, result)
+    print((out / "benchmark.json").read_text() if arguments.json else f"Wrote {out}.")
+
+
+def settings_of(
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, Setting], dict[str, Any] | None]:
+    """What is served, by name of the graph, and what `cxr compile` found."""
+    run, out = arguments.run, arguments.out
+    settings = {"fp32": setting_of(arguments.archive, run, out, "fp32")}
+    if arguments.compiled is None:
+        return settings, None
+    setting = setting_of(arguments.compiled, run, out, "compiled")
+    compilation = load_config(setting.model).compilation
+    if compilation is None:
+        raise SystemExit(f"{arguments.compiled} was not written by cxr compile.")
+    if compilation.chosen != compilation.candidates[0].name:
+        settings[compilation.chosen] = setting
+    return settings, compilation.model_dump()
+
+
+def make_model(arguments: argparse.Namespace) -> None:
+    """Train, archive and compile what is measured, unless an earlier call has."""
+    out: Path = arguments.out
+    arguments.run, arguments.archive = out / "run", out / "cxr.mar"
+    arguments.compiled = out / "compiled.mar"
+    data = arguments.data or out / "phantoms"
+    if not arguments.archive.is_file():
+        if arguments.data is None:
+            cxr("data", "phantoms", data, "--patients-per-class", 20, "--seed", 0)
+        cxr("train", "--recipe", _RECIPE, "--data", data, "--out", arguments.run)
+        cxr("export", arguments.run, "--out", out / "bundle")
+        cxr("archive", out / "bundle", "--out", arguments.archive)
+    if not arguments.compiled.is_file():
+        manifest = arguments.run / "manifest.parquet"
+        cxr("compile", arguments.archive, "--manifest", manifest, "--out", arguments.compiled)
+
+
+def cxr(*words: object) -> None:
+    """Run a `cxr` command."""
+    program = Path(sys.executable).with_name("cxr")
+    subprocess.run([program, *map(str, words)], check=True)
+
+
+class Rows:
+    """One row for each subject, precision and concurrency; rounds are pooled.
+
+    Attributes:
+        failed: subjects that could not be measured in a round, and why.
+    """
+
+    def __init__(self) -> None:
+        self.failed: dict[str, str] = {}
+        self._loads: dict[tuple[str, str, int], Load] = {}
+        self._facts: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(self, name: str, precision: str, concurrency: int, load: Load) -> None:
+        """One round of one row."""
+        self._loads.setdefault((name, precision, concurrency), Load()).add(load)
+
+    def add_limit(self, precision: str, found: dict[str, Any]) -> None:
+        """One round of the limit: its concurrency is the number of cores."""
+        seconds = len(found["latencies"]) / found["throughput"]
+        load = Load(latencies=found["latencies"], seconds=seconds)
+        self.add(LIMIT, precision, len(os.sched_getaffinity(0)), load)
+
+    def add_facts(self, name: str, precision: str, *, start: float, memory: int, body: str) -> None:
+        """Start time in seconds, and memory in bytes: the largest of all rounds."""
+        facts = self._facts.setdefault((name, precision), {"starts": [], "memory": 0, "body": body})
+        facts["starts"].append(start)
+        facts["memory"] = max(facts["memory"], memory)
+
+    def finished(self) -> list[dict[str, Any]]:
+        """What was pooled, as rows."""
+        rows = []
+        for (name, precision, concurrency), load in self._loads.items():
+            facts = self._facts.get((name, precision), {})
+            quantiles = np.quantile(load.latencies, (0.5, 0.95, 0.99)) if load.latencies else []
+            row = {
+                "name": name,
+                "precision": precision,
+                "concurrency": concurrency,
+                "requests": len(load.latencies),
+                "failures": load.failures,
+                "throughput": load.throughput,
+                "others": load.others / load.seconds / len(os.sched_getaffinity(0)),
+                "client_ms": 1e3 * load.client_seconds / max(1, len(load.latencies)),
+                "memory_mb": facts["memory"] / 1e6 if facts else None,
+                "start_s": float(np.median(facts["starts"])) if facts else None,
+                "body": facts.get("body"),
+            }
+            for key, value in zip(("p50_ms", "p95_ms", "p99_ms"), quantiles, strict=False):
+                row[key] = float(value) * 1e3
+            rows.append(row)
+        return rows
+
+
+def measure(
+    subject: Subject,
+    precision: str,
+    setting: Setting,
+    images: list[bytes],
+    *,
+    arguments: argparse.Namespace,
+    rows: Rows,
+) -> None:
+    """One round of one subject."""
+    with running(subject, setting, images[0]) as server:
+        requests = [Request(server.url, *subject.encode(image)) for image in images]
+        check_answers(subject, setting, images, ask_each(requests[: arguments.checked]))
+        drive(requests, concurrency=max(arguments.concurrency), seconds=arguments.warm_up)
+        memory = 0
+        for concurrency in arguments.concurrency:
+            clock = server.others_seconds()
+            load = drive(requests, concurrency=concurrency, seconds=arguments.seconds)
+            load.others = server.others_seconds() - clock
+            rows.add(subject.name, precision, concurrency, load)
+            memory = max(memory, server.memory())
+        rows.add_facts(
+            subject.name, precision, start=server.seconds, memory=memory, body=subject.body
+        )
+
+
+def check_answers(
+    subject: Subject, setting: Setting, images: list[bytes], answers: list[bytes | None]
+) -> None:
+    """A server that answers wrongly, or not at all, has no place in a comparison."""
+    engine = Engine(setting.model)
+    agreeing = 0
+    for image, answer in zip(images, answers, strict=False):
+        if answer is None:
+            raise SubjectError(f"{subject.name} left an image unanswered.")
+        expected = engine.predict([image])[0]
+        if isinstance(expected, BadImageError):
+            raise SystemExit(f"An image cannot be used: {expected}")
+        # The stock handler decodes and scales by other code, so it may differ at the edge of a
+        # class; and it names classes by their number.
+        number = str(engine.labels.index(expected.label))
+        agreeing += (number if subject.shares else expected.label).encode() in answer
+    if agreeing < 0.8 * len(answers):
+        raise SubjectError(f"{subject.name} answers {agreeing} of {len(answers)} images correctly.")
+
+
+def measured_limit(setting: Setting, images: list[bytes], seconds: float) -> dict[str, Any]:
+    """The limit, from a process of its own."""
+    folder = setting.work / "images"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    files = []
+    for index, image in enumerate(images):
+        (folder / str(index)).write_bytes(image)
+        files.append(str(folder / str(index)))
+    (folder / "files.json").write_text(json.dumps(files))
+    words = [sys.executable, HERE / "limit.py", setting.model, folder / "files.json", str(seconds)]
+    done = subprocess.run(
+        words, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def setting_of(archive: Path, run: Path, out: Path, name: str) -> Setting:
+    """An archive, unpacked for the peers."""
+    model = (out / "models" / name).resolve()
+    shutil.rmtree(model, ignore_errors=True)
+    with zipfile.ZipFile(archive) as mar:
+        mar.extractall(model)
+    cores = len(os.sched_getaffinity(0))
+    return Setting(archive.resolve(), model, run.resolve(), out.resolve(), cores)
+
+
+def encoded_images(run: Path, count: int) -> list[bytes]:
+    """Images of the run's test split, as they are on disk; JPEG and PNG."""
+    frame = pd.read_parquet(run / "manifest.parquet")
+    test = frame[frame["split"] == "test"]
+    paths = test["path"].sample(n=min(count, len(test)), random_state=0)
+    return [Path(path).read_bytes() for path in paths]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for results, environments")
+    parser.add_argument("--data", type=Path, help="folder of images to train on; else phantoms")
+    parser.add_argument("--run", type=Path, help="run folder: its images, and the eager network")
+    parser.add_argument("--archive", type=Path, help="the .mar of that run")
+    parser.add_argument("--compiled", type=Path, help="that .mar after `cxr compile`")
+    parser.add_argument("--page", type=Path, help="Markdown page to write the result into")
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 2, 4, 16])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each row in each round")
+    parser.add_argument("--warm-up", type=float, default=2.0, help="seconds of each start")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--checked", type=int, default=8, help="answers compared with the engine")
+    parser.add_argument("--no-growth", dest="growth", action="store_false")
+    parser.add_argument("--command", default="make bench", help="how to repeat it, for the page")
+    parser.add_argument("--json", action="store_true", help="print the result")
+    arguments = parser.parse_args()
+    if (arguments.run is None) != (arguments.archive is None):
+        parser.error("give --run and --archive together, or neither")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
