@@ -7,9 +7,13 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+SPARK_OUT ?= runs/spark-demo
+BENCH_OUT ?= runs/bench
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE ?= cxr-serve:$(VERSION)
-BUILDER ?= docker build
+TRAINING_IMAGE ?= cxr-training:$(VERSION)
+ENGINE ?= docker
+BUILDER ?= $(ENGINE) build
 
 PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -40,6 +44,15 @@ demo: setup ## Train, archive, serve, ask (DATA=FOLDER: on real images; IMAGES=F
 	$(BIN)/python demo/demo.py --out "$(OUT)" $(if $(DATA),--data "$(DATA)") \
 		$(if $(IMAGES),--images "$(IMAGES)") $(if $(MIN_ACCURACY),--min-accuracy $(MIN_ACCURACY))
 
+.PHONY: spark-demo
+spark-demo: setup ## Manifest and batch predictions on two Spark executors, compared with one machine
+	$(BIN)/python demo/spark_demo.py --out "$(SPARK_OUT)"
+
+.PHONY: bench
+bench: setup ## Measure us beside our peers (DATA=FOLDER: a model of real images; BENCH="--subjects inprocess ...")
+	$(BIN)/python bench/bench.py --out "$(BENCH_OUT)" --page docs/benchmarks.md \
+		$(if $(DATA),--data "$(DATA)" --command "make bench DATA=FOLDER") $(BENCH)
+
 .PHONY: test
 test: setup ## Run all tests
 	$(PYTEST)
@@ -52,20 +65,44 @@ test-unit: setup ## Run the unit tests
 test-integration: setup ## Run the tests that start real servers
 	$(PYTEST) tests/integration
 
+.PHONY: rules
+rules: setup ## Test each alert of the chart with promtool, which must be on the PATH
+	$(PYTEST) tests/rules
+
+.PHONY: fuzz
+fuzz: setup ## Ask both runtimes 10,000 times, 20 % of it hostile (REQUESTS=NUMBER)
+	$(if $(REQUESTS),REQUESTS=$(REQUESTS)) $(PYTEST) tests/fuzz
+
 .PHONY: e2e
 e2e: setup ## Try everything on the cluster of KUBECONFIG (CONTRIBUTING.md: settings; ONLY=EXPRESSION: some of it)
 	$(PYTEST) tests/e2e $(if $(ONLY),-k "$(ONLY)")
 
+.PHONY: observe-e2e
+observe-e2e: setup ## Alerts by promtool, then metrics, dashboards and alerts live; as e2e, with promtool on the PATH
+	$(PYTEST) tests/rules tests/e2e/test_e2e_observe.py
+
 .PHONY: images
-images: ## Build the serving image (BUILDER="podman build"; BUILD_ARGS="--build-arg DEVICE=cuda ...")
-	$(BUILDER) --file server/Dockerfile --tag $(IMAGE) --build-arg VERSION=$(VERSION) \
-		--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) $(BUILD_ARGS) .
+images: ## Build the serving image (ENGINE=podman; BUILD_ARGS="--build-arg RUNTIME=inprocess ...")
+	$(call build,server/Dockerfile,$(IMAGE))
+
+.PHONY: training-image
+training-image: ## Build the image of the training environment with JupyterLab
+	$(call build,training/Dockerfile,$(TRAINING_IMAGE))
+
+define build
+$(BUILDER) --file $(1) --tag $(2) --build-arg VERSION=$(VERSION) \
+	--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) $(BUILD_ARGS) .
+endef
 
 .PHONY: push
-push: ## Push the serving image (REGISTRY=registry.example.org/team)
+push: ## Push the serving image (REGISTRY=registry.example.org/team; ENGINE=podman)
 	@test -n "$(REGISTRY)" || { echo "Name a registry: make push REGISTRY=registry.example.org/team" >&2; exit 1; }
-	docker tag $(IMAGE) $(REGISTRY)/$(IMAGE)
-	docker push $(REGISTRY)/$(IMAGE)
+	$(ENGINE) tag $(IMAGE) $(REGISTRY)/$(IMAGE)
+	$(ENGINE) push $(REGISTRY)/$(IMAGE)
+
+.PHONY: sbom
+sbom: ## Print what is in the serving image, as CycloneDX JSON
+	@$(ENGINE) run --rm --entrypoint cat $(IMAGE) /opt/cxr/share/sbom.cdx.json
 
 .PHONY: lint
 lint: setup ## Check style, types and the arrows between packages
@@ -84,8 +121,15 @@ lock: ## Pin requirements/*.txt to pyproject.toml (UPGRADE=1: to the newest vers
 	test -x $(BIN)/uv || $(MAKE) setup
 	mkdir -p requirements
 	$(call compile,dev,--all-extras --group dev)
-	$(call compile,serving,--extra serving --constraint requirements/dev.txt)
-	$(call compile,training,--extra training --constraint requirements/dev.txt)
+	$(call compile,serving,--extra serving --extra tracing --constraint requirements/dev.txt)
+	$(call compile,torchserve,--extra torchserve --extra tracing --constraint requirements/torchserve.in --constraint <(sed '/^torch==/d' requirements/dev.txt))
+	$(call compile,training,--extra training --extra spark --extra notebook --constraint requirements/dev.txt)
+	$(call compile-peer,bentoml)
+	$(call compile-peer,kserve)
+	$(call compile-peer,litserve)
+	$(call compile-peer,mlserver)
+	$(call compile-peer,ray)
+	$(call compile-peer,stock,--no-deps)
 
 # PyTorch pins its CUDA libraries itself, in its CUDA builds only. Listed here they would be
 # installed beside a CPU build too, several GB for nothing.
@@ -95,6 +139,14 @@ $(BIN)/uv --quiet pip compile pyproject.toml $(2) $(if $(UPGRADE),--upgrade) \
 	--output-file requirements/$(1).txt
 sed -i.bak -E '/^(nvidia-|cuda-|triton==)/d' requirements/$(1).txt
 rm requirements/$(1).txt.bak
+endef
+
+# The benchmark's peers, each in an environment of its own: with the engine of the serving image.
+define compile-peer
+$(BIN)/uv --quiet pip compile bench/requirements/$(1).in $(2) $(if $(UPGRADE),--upgrade) \
+	--constraint <(grep -E '^(numpy|onnxruntime|pillow)==' requirements/serving.txt) \
+	--universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
+	--output-file bench/requirements/$(1).txt
 endef
 
 .PHONY: clean
