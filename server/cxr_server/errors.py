@@ -5,6 +5,8 @@ from http import HTTPStatus
 
 import grpc
 
+from cxr.errors import Rejection
+
 _GRPC_STATUS = {
     HTTPStatus.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     HTTPStatus.TOO_MANY_REQUESTS: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -19,15 +21,22 @@ class RequestError(Exception):
 
     Attributes:
         status: the HTTP status.
+        rejection: why the image was rejected; None where the failure is not an image's.
 
     The message is one sentence for the caller. It never quotes the request's content.
     """
 
     def __init__(
-        self, status: HTTPStatus, message: str, grpc_status: grpc.StatusCode | None = None
+        self,
+        status: HTTPStatus,
+        message: str,
+        grpc_status: grpc.StatusCode | None = None,
+        *,
+        rejection: Rejection | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.rejection = rejection
         self._grpc_status = grpc_status
 
     @property

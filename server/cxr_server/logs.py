@@ -5,7 +5,7 @@ from typing import Any
 
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from cxr_server import context
+from cxr import context
 from cxr_server.settings import LogFormat
 
 _access = logging.getLogger("cxr_server.access")

@@ -17,8 +17,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cxr
+from cxr import context
 from cxr.answer import Answer, Options
-from cxr_server import context, v1, v2
+from cxr_server import v1, v2
 from cxr_server.errors import RequestError, bad_request, unavailable, without_message
 from cxr_server.logs import log_access
 from cxr_server.service import Image, Service, check_model, raise_if_all_bad

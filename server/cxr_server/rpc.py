@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 
 import cxr
-from cxr_server import context as contexts
+from cxr import context as contexts
+from cxr.engine import CONFIG_FILE
 from cxr_server import v2
 from cxr_server.errors import RequestError, bad_request, without_message
 from cxr_server.logs import log_access
@@ -28,8 +30,13 @@ _METHODS = (
     "ServerMetadata",
     "ModelReady",
     "ModelMetadata",
+    "ModelConfig",
     "ModelInfer",
 )
+# Trailing metadata of a refusal: the machine-readable reason of the first image.
+_REJECTION = "cxr-rejection"
+# Triton's extension, for gRPC: what else there is to know of a model.
+_EXTENSIONS = (*v2.EXTENSIONS, "model_configuration")
 
 Call = Callable[[Any, Any], Awaitable[Any]]
 
@@ -51,7 +58,7 @@ class InferenceServicer:
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Name and version of this software."""
         return pb.ServerMetadataResponse(
-            name=v2.SERVER_NAME, version=cxr.__version__, extensions=v2.EXTENSIONS
+            name=v2.SERVER_NAME, version=cxr.__version__, extensions=_EXTENSIONS
         )
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -80,6 +87,18 @@ class InferenceServicer:
             )
 
         return await self._measured("metadata", request, answer, context)
+
+    async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """That model's configuration, model card included, as JSON in a parameter of its name."""
+
+        async def answer() -> Any:
+            check_model(self._service, request.name, request.version)
+            config = self._service.config
+            described = model_config_pb2.ModelConfig(name=config.name, platform=v2.PLATFORM)
+            described.parameters[CONFIG_FILE].string_value = config.to_json()
+            return pb.ModelConfigResponse(config=described)
+
+        return await self._measured("config", request, answer, context)
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Answers images."""
@@ -123,6 +142,7 @@ class InferenceServicer:
         start = time.perf_counter()
         # What stays when the caller has gone or its deadline has passed: this task is cancelled.
         status, message = grpc.StatusCode.CANCELLED, ""
+        trailing: tuple[tuple[str, str], ...] = ()
         response = None
         with metrics.in_flight.track_inprogress():
             try:
@@ -132,6 +152,8 @@ class InferenceServicer:
                 status = grpc.StatusCode.OK
             except RequestError as error:
                 status, message = error.grpc_status, str(error)
+                if error.rejection is not None:
+                    trailing = ((_REJECTION, error.rejection.value),)
             except Exception as error:
                 log.error("%s: unexpected %s", method, without_message(error))
                 status = grpc.StatusCode.INTERNAL
@@ -142,7 +164,7 @@ class InferenceServicer:
                 metrics.duration.labels(_PROTOCOL, method).observe(seconds)
                 log_access(_PROTOCOL, method, status.name, seconds)
         if status is not grpc.StatusCode.OK:
-            await context.abort(status, message)
+            await context.abort(status, message, trailing)
         return response
 
 

@@ -366,7 +366,7 @@ def raise_if_all_bad(answers: Sequence[Answer]) -> None:
         return
     first = errors[0]
     if len(errors) == 1:
-        raise RequestError(HTTPStatus(first.reason.http_status), str(first))
+        raise RequestError(HTTPStatus(first.reason.http_status), str(first), rejection=first.reason)
     # Not all of the sentences: a gRPC status message has to fit into 8 KiB.
     sentence = f"None of the {len(errors)} images can be used; the first: {first}"
     if len({error.reason.http_status for error in errors}) > 1:

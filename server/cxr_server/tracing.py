@@ -21,10 +21,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import cxr
+from cxr import context as contexts
 from cxr.answer import Answer, Options
 from cxr.config import ModelConfig
 from cxr.errors import BadImageError
-from cxr_server import context as contexts
 from cxr_server.errors import RequestError
 
 Endpoint = Callable[[Request], Awaitable[Response]]

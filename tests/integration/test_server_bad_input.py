@@ -172,6 +172,12 @@ class TestBadImages:
         request = grpc_request([image], raw=raw)
         assert_grpc_refused(lambda: stub.ModelInfer(request), GRPC_CODE[status], words)
 
+    def test_grpc_names_the_reason_for_programs(self, stub: Any) -> None:
+        for image, reason in ((b"", "empty"), (b"not an image", "not_an_image")):
+            with pytest.raises(grpc.RpcError) as failure:
+                stub.ModelInfer(grpc_request([image]))
+            assert dict(failure.value.trailing_metadata())["cxr-rejection"] == reason
+
     def test_empty_raw(self, http: httpx.Client) -> None:
         answer = http.post(V1, content=b"", headers={"Content-Type": "image/png"})
         assert_refused(answer, 400, "no body")

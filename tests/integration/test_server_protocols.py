@@ -174,6 +174,14 @@ class TestTritonGrpcClient:
         assert json.loads(labels) == list(LABELS)
         assert result.as_numpy("error") is None
 
+    def test_configuration_with_the_model_card(
+        self, triton: triton_grpc.InferenceServerClient, bundle: Path
+    ) -> None:
+        described = triton.get_model_config("cxr").config
+        assert described.name == "cxr"
+        config = described.parameters["cxr-model.json"].string_value
+        assert config == (bundle / "cxr-model.json").read_text(encoding="utf-8")
+
     def test_chosen_outputs(self, triton: triton_grpc.InferenceServerClient) -> None:
         outputs = [triton_grpc.InferRequestedOutput("label")]
         result = triton.infer("cxr", [tensor(triton_grpc, IMAGES)], outputs=outputs)
@@ -427,7 +435,7 @@ def text(item: bytes | str) -> str:
     return item.decode() if isinstance(item, bytes) else item
 
 
-def test_only_inference_is_offered_over_grpc(server: Server) -> None:
+def test_nothing_loads_or_unloads_models_over_grpc(server: Server) -> None:
     """No call of the standard's repository extension, which loads and unloads models."""
     with grpc.insecure_channel(server.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from cxr_server import context
+from cxr import context
 
 TRACE, PARENT = 16 * "ab", 8 * "cd"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cxr_server.context import INFERENCE
+from cxr.context import INFERENCE
 from cxr_server.metrics import BUCKETS
 from support.charts import CHART, Chart, Objects
 from support.metrics import asked, known
