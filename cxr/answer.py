@@ -116,8 +116,11 @@ class Prediction:
         quality: where it was wanted and the model can tell.
         explanation: where it was wanted.
         seconds: how long the engine took for each step of its own; an image of a batch takes as
-            long as its batch in `inference`. Empty from older archives. It makes no difference to
-            equality.
+            long as its batch in `inference`. Empty from older archives.
+        batch: images that the engine answered together.
+        provider: ONNX Runtime's execution provider that ran the graph; empty from older archives.
+
+    How it was made, the last three, makes no difference to equality.
     """
 
     label: str
@@ -127,6 +130,8 @@ class Prediction:
     quality: Quality | None = None
     explanation: Explanation | None = None
     seconds: Mapping[Stage, float] = field(default_factory=dict, compare=False)
+    batch: int = field(default=1, compare=False)
+    provider: str = field(default="", compare=False)
 
 
 Answer = Prediction | BadImageError
@@ -174,6 +179,8 @@ def answer_to_json(answer: Answer) -> str:
         "positive": list(answer.positive),
         "decisions": dict(answer.decisions),
         "seconds": dict(answer.seconds),
+        "batch": answer.batch,
+        "provider": answer.provider,
     }
     if quality := answer.quality:
         document["quality"] = {"reasons": list(quality.reasons), "scores": dict(quality.scores)}
@@ -207,6 +214,8 @@ def answer_from_json(text: str | bytes) -> Answer:
             quality=_quality(document.get("quality")),
             explanation=_explanation(document.get("explanation")),
             seconds=_seconds(document.get("seconds", {})),
+            batch=int(document.get("batch", 1)),
+            provider=str(document.get("provider", "")),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("not an answer") from error

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from cxr.drift import summary_names
 from cxr.engine import CONFIG_FILE, SCHEMA_VERSION
 from cxr.errors import ModelLoadError, Rejection
 from cxr.preprocess import Preprocessing
@@ -28,6 +29,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 ModelVersion = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+){0,2}$")]
 Label = Annotated[str, Field(min_length=1, max_length=64)]
+_ROUNDING = 1e-6
 
 
 class _Document(BaseModel):
@@ -92,6 +94,30 @@ class Guards(_Document):
             raise ValueError("guards.scores must be the reasons that pixels do not tell")
         if set(self.limits) != set(REASONS):
             raise ValueError("guards.limits must have exactly one entry for each reason")
+        return self
+
+
+class Distribution(_Document):
+    """How a number is distributed over some images.
+
+    Attributes:
+        edges: between the bins, ascending; each bin holds its upper edge, the last one all above.
+        shares: of the images in each bin, all above 0; their sum is 1.
+        images: how many there were.
+    """
+
+    edges: Annotated[tuple[float, ...], Field(min_length=1)]
+    shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    images: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.shares) != len(self.edges) + 1:
+            raise ValueError("shares must have one entry more than edges")
+        if sorted(set(self.edges)) != list(self.edges):
+            raise ValueError("edges must ascend")
+        if abs(sum(self.shares) - 1) > _ROUNDING:
+            raise ValueError("the sum of shares must be 1")
         return self
 
 
@@ -307,6 +333,8 @@ class ModelConfig(_Document):
         calibration: how the probabilities were calibrated; `None` where they were not.
         explanation: what the graph adds for heat maps; `None` where it adds nothing.
         guards: what the graph adds to judge an image's quality, likewise.
+        reference: how the numbers of :mod:`cxr.drift` are distributed over validation images;
+            `None` where nobody measured it.
         uncertain: per label, from which probability and below which one a decision is uncertain;
             `None` where none is.
         versions: what produced the model (Python, torch, ...).
@@ -327,6 +355,7 @@ class ModelConfig(_Document):
     graph: Graph
     explanation: ExplanationOutput | None = None
     guards: Guards | None = None
+    reference: dict[str, Distribution] | None = None
     intended_use: str
     limitations: Annotated[tuple[str, ...], Field(min_length=1)]
     training_data: TrainingData
@@ -361,6 +390,9 @@ class ModelConfig(_Document):
             )
         if self.uncertain is not None and set(self.uncertain) != set(self.labels):
             raise ValueError("uncertain must have exactly one entry for each label")
+        unknown = set(self.reference or ()) - set(summary_names(self.labels))
+        if unknown:
+            raise ValueError(f"reference has an unknown entry {min(unknown)!r}")
         explained = self.explanation and self.explanation.output.shape[:2]
         if explained not in (None, (-1, len(self.labels))):
             raise ValueError("explanation.output.shape must begin with -1 and the number of labels")
@@ -368,8 +400,8 @@ class ModelConfig(_Document):
 
     def to_json(self) -> str:
         """The document as it stands in an archive: indented JSON with a final newline."""
-        # Older releases read a configuration without it.
-        left_out = {"compilation"} if self.compilation is None else None
+        # Older releases read a configuration without them.
+        left_out = {name for name in ("compilation", "reference") if getattr(self, name) is None}
         return self.model_dump_json(indent=2, exclude=left_out) + "\n"
 
     @classmethod

@@ -182,7 +182,7 @@ class Engine:
         inference = time.perf_counter() - start
         for (place, image, option, seconds), row in zip(good, rows, strict=True):
             seconds[Stage.INFERENCE] = inference
-            answers[place] = self._answer(image, option, row, seconds)
+            answers[place] = self._answer(image, option, row, seconds, batch=len(good))
         return [answers[place] for place in range(len(images))]
 
     def _rows(self, images: Sequence[Loaded], *, explain: bool, judge: bool) -> list[_Row]:
@@ -204,7 +204,13 @@ class Engine:
         return [_Row(*values) for values in zip(*columns, strict=True)]
 
     def _answer(
-        self, image: Loaded, options: Options, row: _Row, seconds: dict[Stage, float]
+        self,
+        image: Loaded,
+        options: Options,
+        row: _Row,
+        seconds: dict[Stage, float],
+        *,
+        batch: int,
     ) -> Prediction:
         start = time.perf_counter()
         probabilities = row.probabilities.tolist()
@@ -214,7 +220,7 @@ class Engine:
             scores = dict(zip(names, row.scores.tolist(), strict=True))
             scores |= pixel_scores(image.image, self.preprocessing)
             answer = replace(answer, quality=judged(scores, self._guards["limits"]))
-        answer = replace(answer, seconds=seconds)
+        answer = replace(answer, seconds=seconds, batch=batch, provider=self.provider)
         seconds[Stage.POSTPROCESS] = time.perf_counter() - start
         label = answer.label if options.explain is True else options.explain
         if row.evidence is None or self._explanation is None or label not in self.labels:

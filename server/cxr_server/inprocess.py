@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from prometheus_client import Metric
 
 from cxr.answer import OPTIONS_HEADER, Answer, Options
 from cxr_server import worker
@@ -182,6 +183,10 @@ class InProcess:
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         self._give_up()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def collect(self) -> Iterable[Metric]:
+        """None: the service has all that there is to tell."""
+        return ()
 
     async def ready_workers(self) -> int:
         """How many workers have the model loaded."""

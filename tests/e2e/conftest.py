@@ -33,7 +33,7 @@ def image() -> bytes:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
+    return make_bundle(tmp_path_factory.mktemp("bundle"), guarded=True)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, keys: KeyPair) -> str:
     folder = tmp_path_factory.mktemp("models")
     for version in ("1.0", "2.0"):
         archive = folder / f"{version}.mar"
-        pack(make_bundle(folder / version, version=version), archive)
+        pack(make_bundle(folder / version, version=version, guarded=True), archive)
         store.upload_file(str(archive), BUCKET, f"{version}/cxr.mar")
     packed = folder / "2.0.mar"
     signature = signer(keys.private)(packed)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(600)
 
 SHORT = {
     "monitoring": {
-        "podMonitor": {"enabled": True, "interval": "5s"},
+        "podMonitor": {"enabled": True, "interval": "5s", "nativeHistograms": True},
         "rules": {"enabled": True},
         "dashboards": {"enabled": True},
         "slo": {
@@ -33,6 +33,7 @@ SHORT = {
         "thresholds": {
             "modelNotLoading": {"window": "1m", "for": "5s"},
             "workerRestarts": {"window": "1m", "count": 1},
+            "drift": {"window": "1m", "minimum": 20, "for": "0s"},
         },
     }
 }
@@ -149,11 +150,31 @@ def test_every_panel_has_data(
 def test_recording_rules_have_values(observed: Namespace, prometheus: Prometheus) -> None:
     rules = observed.get("prometheusrule", observed.service)["spec"]["groups"]
     records = {rule["record"] for group in rules for rule in group["rules"] if "record" in rule}
-    assert len(records) == 15
+    assert len(records) == 18
     for record in records:
-        (found,) = prometheus.query(f'{record}{{namespace="{observed.name}"}}')
-        assert found["metric"]["service"] == observed.service, record
-    assert prometheus.alerts() == set()
+        found = prometheus.query(f'{record}{{namespace="{observed.name}"}}')
+        assert {item["metric"]["service"] for item in found} == {observed.service}, record
+    # The load above is one image, again and again.
+    assert prometheus.alerts() <= {"CXRDrift"}
+
+
+def test_histograms_are_native_ones_too(observed: Namespace, prometheus: Prometheus) -> None:
+    own = f'cxr_request_duration_seconds{{namespace="{observed.name}"}}'
+    native = prometheus.value(f"histogram_count(sum({own}))")
+    assert native > 0
+    classic = own.replace("seconds{", "seconds_count{")
+    assert prometheus.value(f"sum({classic})") == native
+
+
+def test_other_images_than_in_training_are_an_alert(
+    observed: Namespace, gateway: Gateway, image: bytes, prometheus: Prometheus
+) -> None:
+    with Load(gateway, image) as load:
+        fired = wait_for_alert(prometheus, "CXRDrift")
+        index = prometheus.value(f'max(cxr:drift_images:psi{{namespace="{observed.name}"}})')
+    cleared = wait_until_clear(prometheus, "CXRDrift")
+    assert not load.failures
+    report("one image only", f"index {index:.1f}, alert after {fired:.0f} s, clear {cleared:.0f} s")
 
 
 def test_killed_workers_are_an_alert(

@@ -11,14 +11,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from cxr.answer import Prediction
 from cxr.config import load_config
+from cxr.engine import Engine
 from cxr_server.settings import RuntimeName, Settings
 from support.bundles import encoded_image
-from support.metrics import documented
+from support.metrics import CATALOGUE, documented
 from support.protocols import V1, V2, grpc_request, v1_body, v2_document
 from support.servers import START_TIMEOUT, Server
 
 GOOD = encoded_image(80)
+OWN_REQUESTS = "ts_inference_requests_total"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -61,7 +64,9 @@ def test_counters(server: Server, bundle: Path, scrape: Callable[[], Samples]) -
     changed = {
         name: value - before.get(name, 0)
         for name, value in after.items()
-        if not name[0].startswith(("process_", "cxr_memory_")) and value != before.get(name, 0)
+        if name[0].startswith("cxr_")
+        and not name[0].startswith(("cxr_memory_", "cxr_drift_"))
+        and value != before.get(name, 0)
     }
     # Which class it is depends on the model; all are the same image.
     (predicted,) = [name for name in changed if name[0] == "cxr_predictions_total"]
@@ -95,6 +100,7 @@ def test_counters(server: Server, bundle: Path, scrape: Callable[[], Samples]) -
             for stage in ("queue", "decode", "preprocess", "inference", "postprocess")
         },
         key("cxr_prediction_confidence_count"): 8,
+        key("cxr_batch_images_count"): 8,
         key("cxr_received_bytes_total"): 8 * len(GOOD) + len(b"no image") + len(b"GIF89a"),
         key("cxr_images_total", outcome="answered"): 8,
         key("cxr_images_total", outcome="not_an_image"): 1,
@@ -119,6 +125,7 @@ def test_state(server: Server, bundle: Path, scrape: Callable[[], Samples]) -> N
     # It runs once in each runtime.
     (served,) = [dict(labels) for name, labels in samples if name == "cxr_model_info"]
     assert served.pop("runtime") in set(RuntimeName)
+    assert served.pop("provider") == "CPUExecutionProvider"
     assert served == {"name": "cxr", "version": "1.0", "graph_sha256": graph}
     assert samples[key("cxr_queue_capacity_images")] == Settings().max_queue
     assert samples[key("cxr_worker_restarts_total")] == 0
@@ -140,10 +147,47 @@ def test_the_catalogue_is_what_a_scrape_shows(server: Server) -> None:
         "cxr_memory_working_set_bytes",
         "cxr_memory_limit_bytes",
     }
+    text = CATALOGUE.read_text(encoding="utf-8")
+    of_torchserve = {name for name in shown if not name.startswith(("cxr_", "process_"))}
+    assert {name for name in of_torchserve if f"`{name}`" not in text} == set()
     for name, (kind, labels) in shown.items():
+        if name in of_torchserve:
+            continue
         assert catalogue[name][0] == kind, name
         # A family that has counted nothing yet has no labels.
         assert labels in (set(), catalogue[name][1]), name
+
+
+def test_one_scrape_shows_torchserve_too(server: Server, scrape: Callable[[], Samples]) -> None:
+    httpx.post(server.rest + V1, content=GOOD, headers={"Content-Type": "image/png"})
+    samples = scrape()
+    (runtime,) = [dict(labels)["runtime"] for name, labels in samples if name == "cxr_model_info"]
+    answered = [value for (name, _), value in samples.items() if name == OWN_REQUESTS]
+    if runtime == RuntimeName.TORCHSERVE:
+        assert len(answered) == 1
+        assert answered[0] >= samples[key("cxr_images_total", outcome="answered")] > 0
+    else:
+        assert answered == []
+
+
+def test_answers_are_compared_with_those_of_training(
+    server: Server, bundle: Path, scrape: Callable[[], Samples]
+) -> None:
+    before = scrape()
+    httpx.post(server.rest + V1, content=v1_body([GOOD] * 4))
+    after = scrape()
+    config = load_config(bundle)
+    assert config.reference is not None
+    (prediction,) = Engine(bundle).predict([GOOD])
+    assert isinstance(prediction, Prediction)
+    for label, probability in prediction.probabilities.items():
+        edges = config.reference[f"probability of {label}"].edges
+        expected = sum(edge < probability for edge in edges)
+        for number in range(len(edges) + 1):
+            labels = {"version": "1.0", "summary": f"probability of {label}", "bin": str(number)}
+            counted = key("cxr_drift_images_total", **labels)
+            assert after[counted] - before[counted] == (4 if number == expected else 0)
+            assert after[key("cxr_drift_reference_ratio", **labels)] == 0.25
 
 
 def test_images_that_wait_for_a_worker_are_counted(

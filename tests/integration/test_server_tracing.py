@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PARENT = 8 * "cd"
 # Of the requests, by their names below: the trace that the client sends.
 TRACES = {name: f"{number:032x}" for number, name in enumerate(("v1", "bad", "grpc", "left"), 1)}
 MARK = "SECRET"
+STEPS = ["decode", "preprocess", "inference", "postprocess"]
 
 
 @dataclass
@@ -49,8 +51,14 @@ class Collector:
         spans = [span for span in self.spans() if span.trace_id.hex() == trace_id]
         (root,) = (span for span in spans if span.kind == span.SPAN_KIND_SERVER)
         images = [span for span in spans if span.parent_span_id == root.span_id]
-        assert len(spans) == 1 + len(images)
+        steps = [span for image in images for span in self.below(image)]
+        assert len(spans) == 1 + len(images) + len(steps)
         return root, images
+
+    def below(self, parent: Any) -> list[Any]:
+        """The spans right below another one, as they follow each other."""
+        spans = [span for span in self.spans() if span.parent_span_id == parent.span_id]
+        return sorted(spans, key=lambda span: span.start_time_unix_nano)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +152,21 @@ def test_a_request_goes_on_with_the_clients_trace(log: str, collector: Collector
         assert root.start_time_unix_nano <= image.start_time_unix_nano
         assert image.end_time_unix_nano <= root.end_time_unix_nano
     assert f"trace_id={TRACES['v1']}" in log
+
+
+def test_the_steps_of_an_image_lie_within_it(log: str, collector: Collector) -> None:
+    _, images = collector.of(TRACES["v1"])
+    for image in images:
+        steps = collector.below(image)
+        if "cxr.rejection" in attributes(image):
+            assert steps == []
+            continue
+        assert [step.name for step in steps] == STEPS
+        assert attributes(steps[2]) == {"cxr.batch": 1}
+        assert image.start_time_unix_nano <= steps[0].start_time_unix_nano
+        assert steps[-1].end_time_unix_nano <= image.end_time_unix_nano
+        for step, following in pairwise(steps):
+            assert step.end_time_unix_nano == following.start_time_unix_nano
 
 
 def test_a_refused_request_is_no_failure_of_the_service(log: str, collector: Collector) -> None:

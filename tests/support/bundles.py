@@ -129,6 +129,7 @@ def config_document(graph: bytes, **changes: object) -> dict[str, object]:
         },
         "explanation": None,
         "guards": None,
+        "reference": {f"probability of {label}": QUARTERS for label in LABELS},
         "intended_use": "Tests of the serving path.",
         "limitations": ["Knows nothing of radiographs."],
         "training_data": {
@@ -166,6 +167,10 @@ def config_document(graph: bytes, **changes: object) -> dict[str, object]:
         "versions": {"python": "3.11"},
     }
     return document | changes
+
+
+# Of each number, as if a quarter of the validation images had been in each bin.
+QUARTERS = {"edges": [0.2, 0.35, 0.5], "shares": [0.25] * 4, "images": 4}
 
 
 EXPLANATION = {
@@ -209,7 +214,8 @@ def make_bundle(
     """Write the small model as a bundle, with some fields of its configuration replaced."""
     graph = graph_bytes(explained=explained, guarded=guarded)
     if guarded:
-        changes = {"guards": GUARDS} | changes
+        names = (*(f"probability of {label}" for label in LABELS), "out_of_distribution")
+        changes = {"guards": GUARDS, "reference": dict.fromkeys(names, QUARTERS)} | changes
     if explained:
         changes = {"explanation": EXPLANATION} | changes
     folder.mkdir(parents=True, exist_ok=True)

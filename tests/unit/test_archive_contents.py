@@ -102,6 +102,7 @@ def test_the_archive_alone_gives_the_same_tensor_and_answer(
     np.testing.assert_array_equal(tensor, expected)
     prediction = Engine(bundle).predict([image])[0]
     assert answer.pop("seconds")
+    assert (answer.pop("batch"), answer.pop("provider")) == (1, "CPUExecutionProvider")
     assert answer == {
         "label": prediction.label,
         "probabilities": prediction.probabilities,

@@ -36,6 +36,10 @@ def context(tmp_path: Path) -> Context:
     return Context(make_bundle(tmp_path / "bundle"))
 
 
+# What of an answer says how it was made.
+HOW = ("seconds", "batch", "provider")
+
+
 def handle(context: Context, *rows: dict[str, Any]) -> list[dict[str, Any]]:
     handler = CxrHandler()
     handler.initialize(context)
@@ -44,14 +48,15 @@ def handle(context: Context, *rows: dict[str, Any]) -> list[dict[str, Any]]:
 
 def untimed(answer: dict[str, Any]) -> dict[str, Any]:
     """What of an answer is the same the next time."""
-    return {name: value for name, value in answer.items() if name != "seconds"}
+    return {name: value for name, value in answer.items() if name not in HOW}
 
 
 @pytest.mark.parametrize("field", ["body", "data"])
 @pytest.mark.parametrize("kind", [bytes, bytearray])
 def test_answers_an_image(context: Context, field: str, kind: type) -> None:
     (answer,) = handle(context, {field: kind(encoded_image())})
-    assert list(answer) == ["label", "probabilities", "positive", "decisions", "seconds"]
+    assert list(answer) == ["label", "probabilities", "positive", "decisions", *HOW]
+    assert (answer["batch"], answer["provider"]) == (1, "CPUExecutionProvider")
     assert tuple(answer["probabilities"]) == LABELS
     assert all(0 <= spent < 60 for spent in answer["seconds"].values())
     assert context.content_types == {0: "application/json"}

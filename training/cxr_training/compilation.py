@@ -29,11 +29,12 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from cxr.config import Candidate, Compilation, Guards, ModelConfig, file_sha256, load_config
-from cxr.engine import CONFIG_FILE
+from cxr.engine import Engine
 from cxr.errors import Rejection
 from cxr.mar import CARD_FILE, verify
 from cxr_archive.packager import pack
 from cxr_training.data import manifest_digest, read_manifest
+from cxr_training.drift import with_reference, write_config
 from cxr_training.errors import TrainingError
 from cxr_training.features import image_tensors
 from cxr_training.runs import staged
@@ -107,8 +108,16 @@ def compile_bundle(
         providers = ([TENSORRT] if tensorrt else []) + ["CPUExecutionProvider"]
         trials = _trials(graphs, validation, config, providers=providers)
         compilation = _judged(trials, gate or Gate(), config, tensorrt=tensorrt)
-        config = _with_limits(config, trials[compilation.chosen].limits)
-        _write(bundle, config, graphs[compilation.chosen], compilation, out)
+        graph = graphs[compilation.chosen]
+        config = _with_limits(config, trials[compilation.chosen].limits).model_copy(
+            update={
+                "graph": config.graph.model_copy(update={"sha256": file_sha256(graph)}),
+                "compilation": compilation,
+            }
+        )
+        card = bundle / CARD_FILE
+        text = card.read_text(encoding="utf-8") if card.is_file() else None
+        _write(config, graph, text, validation, out)
     return compilation
 
 
@@ -323,7 +332,7 @@ def _with_limits(config: ModelConfig, limits: Mapping[Rejection, float]) -> Mode
 
 
 def _write(
-    bundle: Path, config: ModelConfig, graph: Path, compilation: Compilation, out: Path
+    config: ModelConfig, graph: Path, card: str | None, validation: pd.DataFrame, out: Path
 ) -> None:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "bundle"
@@ -332,16 +341,12 @@ def _write(
             raise TrainingError(f"{out} is a file; a bundle is written to a folder.")
         with staged(target) as files:
             shutil.copyfile(graph, files / config.graph.file)
-            if (bundle / CARD_FILE).is_file():
-                card = (bundle / CARD_FILE).read_text(encoding="utf-8")
-                (files / CARD_FILE).write_text(card + _card_section(compilation), encoding="utf-8")
-            compiled = config.model_copy(
-                update={
-                    "graph": config.graph.model_copy(update={"sha256": file_sha256(graph)}),
-                    "compilation": compilation,
-                }
-            )
-            (files / CONFIG_FILE).write_text(compiled.to_json(), encoding="utf-8")
+            if card is not None and config.compilation is not None:
+                text = card + _card_section(config.compilation)
+                (files / CARD_FILE).write_text(text, encoding="utf-8")
+            write_config(config, files)
+            if config.reference is not None:
+                write_config(with_reference(config, Engine(files), validation), files)
         if out.suffix == ".mar":
             pack(folder, out)
 

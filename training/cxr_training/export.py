@@ -23,7 +23,7 @@ from cxr.config import (
     file_sha256,
 )
 from cxr.config import Guards as GuardConfig
-from cxr.engine import CONFIG_FILE, Engine
+from cxr.engine import Engine
 from cxr.errors import BadImageError, Rejection
 from cxr.mar import CARD_FILE
 from cxr_training.backbones import Backbone, Pooled
@@ -35,6 +35,7 @@ from cxr_training.card import (
     model_card,
     parted_groups,
 )
+from cxr_training.drift import with_reference, write_config
 from cxr_training.errors import TrainingError
 from cxr_training.explanation import EVIDENCE, EXPLAIN, NamedMap, add_evidence, grid, method
 from cxr_training.features import extract_features
@@ -113,10 +114,13 @@ def export(run: Run | Path, out: Path) -> ExportReport:
             build_graph(backbone, run.head, run.guards).SerializeToString(deterministic=True)
         )
         config = _configuration(run, backbone, file_sha256(graph))
-        (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-        (folder / CARD_FILE).write_text(model_card(config, facts), encoding="utf-8")
-        differences = _differences(backbone, run.head, folder, frame)
+        write_config(config, folder)
+        engine = Engine(folder, threads=torch.get_num_threads())
+        differences = _differences(backbone, run.head, engine, frame)
         _check_parity(differences, smooth=run.head.smooth)
+        config = with_reference(config, engine, run.rows("validation"))
+        write_config(config, folder)
+        (folder / CARD_FILE).write_text(model_card(config, facts), encoding="utf-8")
     difference = float(differences.max())
     return ExportReport(config=config, parity_images=len(frame), max_difference=difference)
 
@@ -197,10 +201,9 @@ def _features_graph(backbone: Backbone) -> tuple[onnx.ModelProto, list[NamedMap]
 
 
 def _differences(
-    backbone: Backbone, head: Head, bundle: Path, frame: pd.DataFrame
+    backbone: Backbone, head: Head, engine: Engine, frame: pd.DataFrame
 ) -> npt.NDArray[np.float64]:
     """Each image's largest difference between PyTorch and the whole bundle, from encoded bytes."""
-    engine = Engine(bundle, threads=torch.get_num_threads())
     expected = _torch_probabilities(backbone, head, frame)
     return np.asarray(np.abs(expected - _engine_probabilities(engine, frame)).max(axis=1))
 

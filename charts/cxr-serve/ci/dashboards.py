@@ -237,6 +237,18 @@ BOARDS = [
                         unit="s",
                     ),
                     Panel(
+                        title="Images answered together",
+                        description="Mean batch that an image was in: 1 on a CPU; more where the "
+                        "archive asks for batches on a GPU, and load fills them.",
+                        queries=[
+                            (
+                                f"{rate('cxr_batch_images_sum', 'service')}"
+                                f" / {rate('cxr_batch_images_count', 'service')}",
+                                "{{service}}",
+                            )
+                        ],
+                    ),
+                    Panel(
                         title="Time to answer by protocol (p95)",
                         description="Slow over REST only: slow clients, whose bodies count.",
                         queries=[
@@ -477,6 +489,48 @@ BOARDS = [
                         unit="percentunit",
                         steps=[(None, GREEN), (Value("REJECTIONS"), RED)],
                     ),
+                    Panel(
+                        title="Flagged images",
+                        description="What the guards have found, by reason; one image can have "
+                        "several.",
+                        queries=[(rate("cxr_images_flagged_total", "reason"), "{{reason}}")],
+                        unit="ops",
+                    ),
+                    Panel(
+                        title="Scores of the guards",
+                        description="The highest twentieth of each score, from buckets. A limit "
+                        "of the model's makes it a reason.",
+                        queries=[(quantile(0.95, "cxr_quality_score", "score"), "{{score}}")],
+                    ),
+                ],
+            ),
+            (
+                "Drift",
+                [
+                    Panel(
+                        title="Population stability index",
+                        description="How far each number of the answers is from its distribution "
+                        "in training; see __RUNBOOKS__/CXRDrift.md",
+                        queries=[
+                            (f"max by (summary) (cxr:drift_images:psi{{{S}}})", "{{summary}}")
+                        ],
+                        steps=[(None, GREEN), (0.1, YELLOW), (Value("DRIFT"), RED)],
+                        nothing="no rules (monitoring.rules), or a model without a reference",
+                    ),
+                    Panel(
+                        title="Distance from the training images",
+                        description="Part of the images in each tenth of the training's "
+                        "validation images, nearest first; 10 % each without drift.",
+                        queries=[
+                            (
+                                "avg by (bin) (cxr:drift_images:ratio"
+                                f'{{{S}, summary="out_of_distribution"}})',
+                                "{{bin}}",
+                            )
+                        ],
+                        unit="percentunit",
+                        nothing="no rules (monitoring.rules), or a model without guards",
+                    ),
                 ],
             ),
             (
@@ -484,11 +538,12 @@ BOARDS = [
                 [
                     Panel(
                         title="Replicas by model",
-                        description="Version and runtime of what is served.",
+                        description="Version, runtime and execution provider of what is served.",
                         queries=[
                             (
-                                f"count by (name, version, runtime) (cxr_model_info{{{S}}})",
-                                "{{name}} {{version}} ({{runtime}})",
+                                "count by (name, version, runtime, provider) "
+                                f"(cxr_model_info{{{S}}})",
+                                "{{name}} {{version}} ({{runtime}}, {{provider}})",
                             )
                         ],
                     )
