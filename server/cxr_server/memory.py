@@ -7,7 +7,8 @@ from pathlib import Path
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-_CGROUP = Path("/sys/fs/cgroup")
+from cxr_server.settings import CGROUP
+
 # Version 1 writes an enormous number where there is no limit.
 _NO_LIMIT = 2**60
 
@@ -40,7 +41,7 @@ class ContainerMemory(Collector):
     usage less inactive file cache.
     """
 
-    def __init__(self, folder: Path = _CGROUP) -> None:
+    def __init__(self, folder: Path = CGROUP) -> None:
         self._folder = folder
 
     def collect(self) -> Iterator[GaugeMetricFamily]:

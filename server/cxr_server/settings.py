@@ -1,5 +1,6 @@
 """Settings of the serving process. The defaults stand here and nowhere else."""
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass, field
@@ -13,18 +14,24 @@ GRPC_PORT = 8081
 METRICS_PORT = 8082
 
 
-def available_cores() -> int:
+CGROUP = Path("/sys/fs/cgroup")
+# Files of quota and period, in microseconds: of cgroup v2, and of v1.
+_CPU_LIMITS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+
+
+def available_cores(cgroup: Path = CGROUP) -> int:
     """CPU cores that this process may use: its affinity, and the CPU limit of its cgroup.
 
-    A container's CPU limit shows in `cpu.max` (cgroup v2: quota and period in microseconds), not
-    in the number of processors.
+    A container's CPU limit does not show in the number of processors.
     """
     cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or the quota is `max`
-        pass
+    for files in _CPU_LIMITS:
+        # No such version of cgroups, or no limit: `max` in v2, -1 in v1.
+        with contextlib.suppress(OSError, ValueError):
+            words = " ".join((cgroup / name).read_text(encoding="ascii") for name in files)
+            quota, period = map(int, words.split())
+            if quota > 0:
+                cores = min(cores, math.ceil(quota / period))
     return max(1, cores)
 
 
