@@ -53,6 +53,11 @@ bench: setup ## Measure us beside our peers (DATA=FOLDER: a model of real images
 	$(BIN)/python bench/bench.py --out "$(BENCH_OUT)" --page docs/benchmarks.md \
 		$(if $(DATA),--data "$(DATA)" --command "make bench DATA=FOLDER") $(BENCH)
 
+.PHONY: bench-overhead
+bench-overhead: setup ## Measure what metrics, logs and traces cost (DATA=FOLDER; BENCH="--rounds 40 ...")
+	$(BIN)/python bench/overhead.py --out "$(BENCH_OUT)" --page docs/benchmarks.md \
+		$(if $(DATA),--data "$(DATA)" --command "make bench-overhead DATA=FOLDER") $(BENCH)
+
 .PHONY: test
 test: setup ## Run all tests
 	$(PYTEST)

@@ -41,15 +41,19 @@ def write_results(path: Path, result: dict[str, Any]) -> None:
 
 def write_page(page: Path, result: dict[str, Any]) -> None:
     """Replace what an earlier run wrote into a page, and the plot beside it."""
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
     plot = page.with_name("benchmarks.svg")
     _plot(plot, result)
     parts = [_conditions(result), _best(result["rows"]), f"![Throughput and p99]({plot.name})"]
     parts += [_all(result["rows"]), _growth(result), _compilation(result["compilation"])]
     measured = "\n\n".join(part for part in parts if part)
-    page.write_text(f"{before}{_BEGIN}\n\n{measured}\n\n{_END}{after}", encoding="utf-8")
+    replace_part(page, measured, begin=_BEGIN)
+
+
+def replace_part(page: Path, measured: str, *, begin: str) -> None:
+    """Replace what stands in a page between a line and the next end."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(_END)
+    page.write_text(f"{before}{begin}\n\n{measured}\n\n{_END}{after}", encoding="utf-8")
 
 
 def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,6 +29,10 @@ _BINARY = {"Content-Type": "application/octet-stream"}
 _JSON = {"Content-Type": "application/json"}
 
 
+# Words of a server's command, from subject, setting and port.
+Command = Callable[["Subject", "Setting", int], Sequence[str]]
+
+
 class SubjectError(RuntimeError):
     """A server that did not start, or answered wrongly; the first line says which."""
 
@@ -69,7 +73,7 @@ class Subject:
 
     name: str
     body: str
-    command: Callable[["Subject", Setting, int], Sequence[str]]
+    command: Command
     path: str
     encode: Callable[[bytes], tuple[bytes, dict[str, str]]]
     requirements: str | None = None
@@ -126,16 +130,37 @@ def _multipart(image: bytes) -> tuple[bytes, dict[str, str]]:
     )
 
 
-def _ours(runtime: str) -> Callable[[Subject, Setting, int], Sequence[str]]:
+def _cxr(runtime: str, *program: str, options: Sequence[str] = ()) -> Command:
     def command(_: Subject, setting: Setting, port: int) -> Sequence[str]:
-        serve = [str(Path(sys.executable).with_name("cxr")), "serve", str(setting.archive)]
+        words = ["serve", str(setting.archive), "--runtime", runtime, *options]
         ports = ["--rest-port", str(port), "--grpc-port", "0", "--metrics-port", "0"]
-        return [*serve, "--runtime", runtime, *ports, "--workers", str(setting.cores)]
+        return [*program, *words, *ports, "--workers", str(setting.cores)]
 
     return command
 
 
-def _script(name: str) -> Callable[[Subject, Setting, int], Sequence[str]]:
+def ours(
+    name: str,
+    runtime: str,
+    *options: str,
+    program: Sequence[str] = (str(Path(sys.executable).with_name("cxr")),),
+    variables: Mapping[str, str] | None = None,
+) -> Subject:
+    """A `cxr serve`.
+
+    Args:
+        name: in tables.
+        runtime: of `cxr serve --runtime`.
+        options: further ones of `cxr serve`.
+        program: words that run `cxr`.
+        variables: of its environment.
+    """
+    command = _cxr(runtime, *program, options=options)
+    path = "/v1/models/cxr:predict"
+    return Subject(name, "raw", command, path, _raw, variables=variables or {})
+
+
+def _script(name: str) -> Command:
     def command(subject: Subject, setting: Setting, _: int) -> Sequence[str]:
         return [subject.python(setting), str(PEERS / name)]
 
@@ -204,12 +229,8 @@ def _stock(subject: Subject, setting: Setting, port: int) -> Sequence[str]:
 
 
 SUBJECTS = {
-    "torchserve": Subject(
-        "cxr serve, torchserve", "raw", _ours("torchserve"), "/v1/models/cxr:predict", _raw
-    ),
-    "inprocess": Subject(
-        "cxr serve, inprocess", "raw", _ours("inprocess"), "/v1/models/cxr:predict", _raw
-    ),
+    "torchserve": ours("cxr serve, torchserve", "torchserve"),
+    "inprocess": ours("cxr serve, inprocess", "inprocess"),
     "stock": Subject(
         "TorchServe image_classifier, eager", "raw", _stock, "/predictions/cxr", _raw, "stock", True
     ),
@@ -260,12 +281,16 @@ class Running:
         """Time that the processors spent on anything but this server and this process."""
         times = psutil.cpu_times()
         busy = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
-        own = time.process_time()
+        return float(busy) - time.process_time() - self.own_seconds()
+
+    def own_seconds(self) -> float:
+        """Time that the processors spent on this server, all its processes together."""
+        total = 0.0
         for process in _tree(self.process.pid):
             with suppress(psutil.Error):
                 spent = process.cpu_times()
-                own += spent.user + spent.system
-        return float(busy) - own
+                total += spent.user + spent.system
+        return total
 
     def memory(self) -> int:
         """Bytes of all its processes, shared pages counted once (PSS)."""

@@ -30,6 +30,26 @@ def inputs(tmp_path: Path) -> list[str]:
     return ["--archive", str(tmp_path / "cxr.mar"), "--run", str(run), "--out", str(tmp_path / "o")]
 
 
+def test_what_is_watched_costs_is_measured(inputs: list[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- measured: written by make bench-overhead -->\n<!-- end -->\nafter\n"
+    )
+    short = ("--seconds", "0.3", "--rounds", "2", "--page", str(page))
+    done = subprocess.run(
+        [sys.executable, str(BENCH.with_name("overhead.py")), *inputs, *short],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "o" / "overhead.json").read_text())["rows"]
+    assert len(rows) == 4
+    assert rows[0]["throughput against nothing"] == "1.000 (1.000-1.000)"
+    for row in rows:
+        assert row["with"] in page.read_text()
+
+
 def bench(*options: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, str(BENCH), *SHORT, *options], capture_output=True, text=True, check=False
