@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from cxr.decode import DEFAULT_LIMITS, PILLOW_MAX_PIXELS, DecodeLimits
+from cxr.logs import LogFormat
 from cxr_server.settings import (
     GRPC_PORT,
     METRICS_PORT,
     REST_PORT,
-    LogFormat,
     QualityPolicy,
     RuntimeName,
     Settings,

@@ -1,12 +1,10 @@
-"""Logs: as text or as JSON, with the request that a line belongs to, and a line per inference."""
+"""Logs: a line per request for an answer, beside what `cxr.logs` does."""
 
 import logging
-from typing import Any
 
-from pythonjsonlogger.orjson import OrjsonFormatter
-
+import cxr.logs
 from cxr import context
-from cxr_server.settings import LogFormat
+from cxr.logs import LogFormat
 
 _access = logging.getLogger("cxr_server.access")
 
@@ -18,11 +16,7 @@ def configure(log_format: LogFormat, *, access: bool) -> None:
         log_format: of a line.
         access: whether each request for an answer gets one.
     """
-    handler = logging.StreamHandler()
-    handler.addFilter(_add_context)
-    handler.setFormatter(_json() if log_format is LogFormat.JSON else _Text())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.captureWarnings(True)
+    cxr.logs.configure(log_format)
     _access.disabled = not access
 
 
@@ -49,29 +43,3 @@ def log_access(protocol: str, method: str, code: str, seconds: float) -> None:
                 "duration_seconds": round(seconds, 6),
             },
         )
-
-
-def _add_context(record: logging.LogRecord) -> bool:
-    """A filter that drops nothing: it runs where the record is made, in the request's own task."""
-    request = context.current()
-    if request is not None:
-        record.request_id = request.request_id
-        if request.trace_id:
-            record.trace_id = request.trace_id
-    return True
-
-
-class _Text(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line, with the request's names behind it."""
-        names = ("request_id", "trace_id")
-        known = [f" {name}={getattr(record, name)}" for name in names if hasattr(record, name)]
-        return "".join((super().format(record), *known))
-
-
-def _json() -> logging.Formatter:
-    fields: dict[str, Any] = {"levelname": "level", "name": "logger", "message": "message"}
-    return OrjsonFormatter(list(fields), rename_fields=fields, timestamp="time")

@@ -55,13 +55,6 @@ class SignaturePolicy(StrEnum):
     ENFORCE = "enforce"
 
 
-class LogFormat(StrEnum):
-    """What a line of the log looks like."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
 class QualityPolicy(StrEnum):
     """What becomes of an image that the model's guards find fault with."""
 
