@@ -129,7 +129,7 @@ class InferenceServicer:
             if raw:
                 response.raw_output_contents.append(tensor.raw())
             elif tensor.datatype == "BYTES":
-                output.contents.bytes_contents.extend(tensor.data)
+                output.contents.bytes_contents.extend(tensor.data.ravel())
             else:
                 output.contents.fp32_contents.extend(tensor.data.ravel())
         return response

@@ -187,6 +187,18 @@ class TestTritonGrpcClient:
         result = triton.infer("cxr", [tensor(triton_grpc, IMAGES)], outputs=outputs)
         assert [output.name for output in result.get_response().outputs] == ["label"]
 
+    def test_typed_contents_of_a_matrix_of_words(
+        self, server: Server, expected: list[Prediction]
+    ) -> None:
+        request = grpc_request(IMAGES)
+        request.outputs.add(name="decision")
+        with grpc.insecure_channel(server.grpc) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            (decision,) = stub.ModelInfer(request).outputs
+        assert list(decision.shape) == [len(IMAGES), len(LABELS)]
+        words = [word for answer in expected for word in answer.decisions.values()]
+        assert [item.decode() for item in decision.contents.bytes_contents] == words
+
     def test_one_answer_in_place_of_raw_data(
         self, server: Server, expected: list[Prediction]
     ) -> None:
