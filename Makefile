@@ -58,6 +58,10 @@ bench-overhead: setup ## Measure what metrics, logs and traces cost (DATA=FOLDER
 	$(BIN)/python bench/overhead.py --out "$(BENCH_OUT)" --page docs/benchmarks.md \
 		$(if $(DATA),--data "$(DATA)" --command "make bench-overhead DATA=FOLDER") $(BENCH)
 
+.PHONY: bench-openvino
+bench-openvino: setup ## Measure whether OpenVINO would be faster (DATA=FOLDER)
+	$(BIN)/python bench/providers.py --out "$(BENCH_OUT)" --page docs/benchmarks.md $(if $(DATA),--data "$(DATA)")
+
 .PHONY: test
 test: setup ## Run all tests
 	$(PYTEST)
@@ -133,6 +137,7 @@ lock: ## Pin requirements/*.txt to pyproject.toml (UPGRADE=1: to the newest vers
 	$(call compile-peer,kserve)
 	$(call compile-peer,litserve)
 	$(call compile-peer,mlserver)
+	$(call compile-peer,openvino)
 	$(call compile-peer,ray)
 	$(call compile-peer,stock,--no-deps)
 

@@ -120,10 +120,11 @@ def test_upgrade_and_rollback_lose_no_request(
 def test_the_runtime_can_be_changed_without_a_lost_request(
     installed: Namespace, gateway: Gateway, image: bytes
 ) -> None:
-    """To the one without TorchServe and back: the same answers, and nobody notices."""
+    """To the one without TorchServe, in its own image, and back: nobody notices."""
+    _, _, tag = setting("CXR_E2E_INPROCESS_IMAGE", "image without TorchServe").rpartition(":")
     before = gateway.predict(image)["predictions"]
     with Load(gateway, image) as load:
-        installed.upgrade("runtime=inprocess")
+        installed.upgrade("runtime=inprocess", f"image.tag={tag}")
         installed.rolled_out()
         assert "java" not in installed.execute("python", "-c", PROCESSES)
         assert gateway.predict(image)["predictions"] == before
