@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 SPARK_OUT ?= runs/spark-demo
 BENCH_OUT ?= runs/bench
+LOADTEST_OUT ?= runs/loadtest
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE ?= cxr-serve:$(VERSION)
 TRAINING_IMAGE ?= cxr-training:$(VERSION)
@@ -61,6 +62,12 @@ bench-overhead: setup ## Measure what metrics, logs and traces cost (DATA=FOLDER
 .PHONY: bench-openvino
 bench-openvino: setup ## Measure whether OpenVINO would be faster (DATA=FOLDER)
 	$(BIN)/python bench/providers.py --out "$(BENCH_OUT)" --page docs/benchmarks.md $(if $(DATA),--data "$(DATA)")
+
+.PHONY: loadtest
+loadtest: setup ## Load test with a verdict (HOST=URL: a running service, else the demo's; LOADTEST="--shape step ...")
+	$(if $(HOST),,test -f "$(OUT)/cxr.mar" || $(MAKE) demo)
+	$(BIN)/cxr loadtest run $(if $(HOST),--host "$(HOST)",--serve "$(OUT)/cxr.mar") --shape ship \
+		--out "$(LOADTEST_OUT)" $(LOADTEST)
 
 .PHONY: test
 test: setup ## Run all tests
@@ -133,6 +140,7 @@ lock: ## Pin requirements/*.txt to pyproject.toml (UPGRADE=1: to the newest vers
 	$(call compile,serving,--extra serving --extra tracing --constraint requirements/dev.txt)
 	$(call compile,torchserve,--extra torchserve --extra tracing --constraint requirements/torchserve.in --constraint <(sed '/^torch==/d' requirements/dev.txt))
 	$(call compile,training,--extra training --extra spark --extra notebook --constraint requirements/dev.txt)
+	$(call compile,loadtest,--extra loadtest --constraint requirements/dev.txt)
 	$(call compile-peer,bentoml)
 	$(call compile-peer,kserve)
 	$(call compile-peer,litserve)

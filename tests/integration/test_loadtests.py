@@ -1,0 +1,189 @@
+"""`cxr loadtest` on real servers: it passes, and it fails where it must."""
+
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import urllib3
+
+from cxr_archive.packager import pack
+from cxr_loadtests.histogram import seconds_of
+from cxr_loadtests.results import load_result
+from support.bundles import make_bundle
+from support.loadtests import LENIENT, loadtest, verdict_of, write_inputs
+from support.servers import CXR, Server, free_port, serving
+
+
+@pytest.fixture(scope="module")
+def plain(archive: Path) -> Iterator[Server]:
+    """A server that is not small: the session's refuses the images of a load test."""
+    with serving(archive, "--runtime=inprocess", "--workers=2") as running:
+        yield running
+
+
+def addresses(server: Server) -> list[str]:
+    return [f"--host={server.rest}", f"--grpc={server.grpc}", f"--metrics={server.metrics}"]
+
+
+def test_a_run_passes_and_says_so_everywhere(archive: Path, tmp_path: Path) -> None:
+    """Over every protocol, closed and open, with a service of its own."""
+    done = loadtest("run", f"--serve={archive}", "--shape=all", *write_inputs(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = load_result(tmp_path / "out")
+    assert {item.scenario for item in result.bins} == {
+        "rest-v1", "rest-raw", "v2-json", "v2-binary", "grpc", "explain", "dicom", "bad-input",
+    }  # fmt: skip
+    assert [phase.name for phase in result.phases] == ["warm-up", "1", "2", "half"]
+    counts = result.reconciliation
+    assert counts is not None
+    assert counts.sent == counts.answered == counts.counted > 100
+    assert all(clients == servers for _, _, clients, servers in counts.by_code)
+    knee_rate = result.phases[-1].rate
+    assert knee_rate is not None
+    asked = sum(sum(item.buckets.values()) for item in result.bins)
+    assert asked > knee_rate
+    assert 'failures="0"' in (tmp_path / "out" / "junit.xml").read_text(encoding="utf-8")
+    assert "knee" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Passed" in done.stdout
+
+
+def test_a_broken_objective_fails_the_run(plain: Server, tmp_path: Path) -> None:
+    strict = {"objectives": [{"name": "no service can", "p95_seconds": 0.0001}]}
+    done = loadtest(
+        "run", *addresses(plain), "--shape=closed", "--seconds=3", *write_inputs(tmp_path, strict)
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "BROKEN" in done.stdout
+    assert [name for name, check in verdict_of(tmp_path).items() if not check["passed"]] == [
+        "no service can: p95"
+    ]
+    assert 'failures="1"' in (tmp_path / "out" / "junit.xml").read_text(encoding="utf-8")
+
+
+def test_an_answer_that_differs_from_the_archive_s_fails_the_run(
+    plain: Server, tmp_path: Path
+) -> None:
+    """Status 200, and the wrong model: another preprocessing of the same graph."""
+    other = tmp_path / "other.mar"
+    bundle = make_bundle(tmp_path / "bundle")
+    config = json.loads((bundle / "cxr-model.json").read_bytes())
+    config["preprocessing"]["mean"] = [0.2, 0.5, 0.5]
+    (bundle / "cxr-model.json").write_text(json.dumps(config), encoding="utf-8")
+    pack(bundle, other)
+    done = loadtest(
+        "run",
+        *addresses(plain),
+        f"--archive={other}",
+        "--shape=closed",
+        "--seconds=3",
+        *("--scenario=rest-raw", "--scenario=grpc"),
+        *write_inputs(tmp_path, {"objectives": [{"name": "any", "error_ratio": 1.0}]}),
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    check = verdict_of(tmp_path)["answers are the expected ones"]
+    assert not check["passed"]
+    assert not check["observed"].startswith("0 ")
+
+
+def test_the_open_model_sees_what_the_closed_one_hides(plain: Server, tmp_path: Path) -> None:
+    """All workers stand still for two seconds. A client that waits notices once; those that come
+    meanwhile notice each (coordinated omission)."""
+
+    def slow_answers(shape: str) -> int:
+        def stand_still() -> None:
+            for signum in (signal.SIGSTOP, signal.SIGCONT):
+                for worker in plain.workers():
+                    worker.send_signal(signum)
+                time.sleep(2)
+
+        folder = tmp_path / shape
+        inputs = write_inputs(folder, LENIENT)
+        stop = threading.Thread(target=stand_still)
+        with subprocess.Popen(
+            [CXR, "loadtest", "run", *addresses(plain), f"--shape={shape}", *inputs],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as running:
+            before = plain_requests(plain)
+            plain.wait_for("load", lambda: plain_requests(plain) > before + 25, 60)
+            stop.start()
+            said, _ = running.communicate(timeout=60)
+        stop.join()
+        assert running.returncode == 0, said.decode()
+        return sum(
+            count
+            for item in load_result(folder / "out").bins
+            for number, count in item.buckets.items()
+            if seconds_of(number) > 0.3
+        )
+
+    assert slow_answers("closed") <= 6
+    # 20 a second for the 1.7 s in which who comes waits longer than that, without bad input.
+    assert slow_answers("open") >= 15
+
+
+def plain_requests(server: Server) -> float:
+    text = urllib3.PoolManager().request("GET", server.metrics).data.decode()
+    lines = [line for line in text.splitlines() if line.startswith("cxr_requests_total")]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+def test_a_master_and_two_workers_are_one_run(plain: Server, tmp_path: Path) -> None:
+    port = free_port()
+    workers = [
+        subprocess.Popen(
+            [CXR, "loadtest", "worker", "--master=127.0.0.1", f"--port={port}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]
+    try:
+        done = loadtest(
+            "run",
+            *addresses(plain),
+            "--shape=open",
+            "--seconds=5",
+            "--workers=2",
+            f"--port={port}",
+            *write_inputs(tmp_path),
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [worker.wait(20) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    result = load_result(tmp_path / "out")
+    assert (result.generator.workers, result.generator.lost) == (2, 0)
+    counts = result.reconciliation
+    assert counts is not None
+    # 20 a second from both together, as Poisson has it.
+    assert 50 < counts.sent < 170
+    assert counts.sent == counts.counted
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host=http://127.0.0.1:1"], "does not answer an image before the load"),
+        (["--host=ftp://x"], "must be a URL"),
+        (["--host=http://127.0.0.1:1", "--shape=nothing"], "no shape nothing"),
+        (["--host=http://127.0.0.1:1", "--upload=/tmp"], "s3://BUCKET/PREFIX"),
+        ([], "--host, or an archive with --serve"),
+    ],
+)
+def test_without_a_run_there_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, options: list[str], words: str
+) -> None:
+    inputs = write_inputs(tmp_path)
+    shape = [] if any(item.startswith("--shape") for item in options) else ["--shape=closed"]
+    done = loadtest("run", *options, *shape, *inputs)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "verdict.json").exists()
