@@ -69,6 +69,14 @@ loadtest: setup ## Load test with a verdict (HOST=URL: a running service, else t
 	$(BIN)/cxr loadtest run $(if $(HOST),--host "$(HOST)",--serve "$(OUT)/cxr.mar") --shape ship \
 		--out "$(LOADTEST_OUT)" $(LOADTEST)
 
+.PHONY: bench-portal
+bench-portal: setup ## Measure what the portal adds to a model (MODEL=runs/demo/cxr.mar)
+	$(BIN)/python bench/portal.py $(or $(MODEL),$(OUT)/cxr.mar)
+
+.PHONY: openapi
+openapi: setup ## Write the document of the portal's API again
+	$(BIN)/cxr portal openapi > portal/web/openapi.json
+
 .PHONY: test
 test: setup ## Run all tests
 	$(PYTEST)
@@ -139,6 +147,7 @@ lock: ## Pin requirements/*.txt to pyproject.toml (UPGRADE=1: to the newest vers
 	$(call compile,dev,--all-extras --group dev)
 	$(call compile,serving,--extra serving --extra tracing --constraint requirements/dev.txt)
 	$(call compile,torchserve,--extra torchserve --extra tracing --constraint requirements/torchserve.in --constraint <(sed '/^torch==/d' requirements/dev.txt))
+	$(call compile,portal,--extra portal --extra lambda --extra tracing --constraint requirements/dev.txt)
 	$(call compile,training,--extra training --extra spark --extra notebook --constraint requirements/dev.txt)
 	$(call compile,loadtest,--extra loadtest --constraint requirements/dev.txt)
 	$(call compile-peer,bentoml)

