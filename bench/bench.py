@@ -1,17 +1,22 @@
 """Our servers beside their peers and beside the limit of the machine, in one run.
 
-Every round starts each subject, lets it answer at each concurrency, and ends it; the rounds are
-interleaved, so that a slow spell of the machine meets all of them. All answer the same images with
-the same graph. `docs/benchmarks.md` says how to read the result.
+All servers run from the start to the end. Every round gives each of them, and the limit, a short
+spell of load at each concurrency, in an order of its own, so that a slow minute of the machine
+meets all of them. All answer the same images with the same graph. `docs/benchmarks.md` says how to
+read the result.
 """
 
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ from cxr.errors import BadImageError
 from limit import growth
 from load import Load, Request, ask_each, drive
 from report import LIMIT, machine, write_page, write_results
-from subjects import SUBJECTS, Setting, Subject, SubjectError, prepare, running
+from subjects import SUBJECTS, Running, Setting, Subject, SubjectError, prepare, running
 
 HERE = Path(__file__).parent
 # What TorchServe's own handler can serve, too: one network, a linear head, no cutting out of lungs.
@@ -44,22 +49,24 @@ def main() -> None:
     for subject in chosen:
         prepare(subject, settings["fp32"])
     before = machine()
-    rows = Rows()
-    for number in range(arguments.rounds):
+    rows = Rows([LIMIT, *(subject.name for subject in chosen)], list(settings))
+    with ExitStack() as stack:
+        started = start_all(chosen, settings, images, arguments=arguments, rows=rows, stack=stack)
+        spells = [
+            partial(one.spell, rows, concurrency, arguments.seconds)
+            for one in started
+            for concurrency in arguments.concurrency
+        ]
         for precision, setting in settings.items():
-            print(f"round {number + 1}: {LIMIT}, {precision}", flush=True)
-            rows.add_limit(precision, measured_limit(setting, images, arguments.seconds))
-            for subject in chosen:
-                if precision != "fp32" and not subject.ours:
-                    continue
-                print(f"round {number + 1}: {subject.name}, {precision}", flush=True)
-                try:
-                    measure(subject, precision, setting, images, arguments=arguments, rows=rows)
-                except SubjectError as error:
-                    if subject.ours:
-                        raise SystemExit(str(error)) from None
-                    print(error, file=sys.stderr)
-                    rows.failed[subject.name] = str(error).partition("\n")[0]
+            spells.append(partial(limit_spell, rows, precision, setting, images, arguments.seconds))
+        order = random.Random(0)  # noqa: S311 - of a benchmark
+        for number in range(arguments.rounds):
+            print(f"round {number + 1} of {arguments.rounds}", flush=True)
+            order.shuffle(spells)
+            for spell in spells:
+                spell()
+        for one in started:
+            rows.add_facts(one)
     result: dict[str, Any] = {
         "machine": before,
         "command": arguments.command,
@@ -124,10 +131,12 @@ class Rows:
     """One row for each subject, precision and concurrency; rounds are pooled.
 
     Attributes:
-        failed: subjects that could not be measured in a round, and why.
+        failed: subjects that could not be measured, and why.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: list[str], precisions: list[str]) -> None:
+        """Rows will be in the order of these precisions, names in each."""
+        self._names, self._precisions = names, precisions
         self.failed: dict[str, str] = {}
         self._loads: dict[tuple[str, str, int], Load] = {}
         self._facts: dict[tuple[str, str], dict[str, Any]] = {}
@@ -136,22 +145,22 @@ class Rows:
         """One round of one row."""
         self._loads.setdefault((name, precision, concurrency), Load()).add(load)
 
-    def add_limit(self, precision: str, found: dict[str, Any]) -> None:
-        """One round of the limit: its concurrency is the number of cores."""
-        seconds = len(found["latencies"]) / found["throughput"]
-        load = Load(latencies=found["latencies"], seconds=seconds)
-        self.add(LIMIT, precision, len(os.sched_getaffinity(0)), load)
+    def add_facts(self, one: "Started") -> None:
+        """Start time in seconds, memory in bytes after all load, and how images were sent."""
+        self._facts[one.subject.name, one.precision] = {
+            "start": one.server.seconds,
+            "memory": one.server.memory(),
+            "body": one.subject.body,
+        }
 
-    def add_facts(self, name: str, precision: str, *, start: float, memory: int, body: str) -> None:
-        """Start time in seconds, and memory in bytes: the largest of all rounds."""
-        facts = self._facts.setdefault((name, precision), {"starts": [], "memory": 0, "body": body})
-        facts["starts"].append(start)
-        facts["memory"] = max(facts["memory"], memory)
+    def _place(self, row: tuple[tuple[str, str, int], Load]) -> tuple[int, int, int]:
+        (name, precision, concurrency), _ = row
+        return self._precisions.index(precision), self._names.index(name), concurrency
 
     def finished(self) -> list[dict[str, Any]]:
         """What was pooled, as rows."""
         rows = []
-        for (name, precision, concurrency), load in self._loads.items():
+        for (name, precision, concurrency), load in sorted(self._loads.items(), key=self._place):
             facts = self._facts.get((name, precision), {})
             quantiles = np.quantile(load.latencies, (0.5, 0.95, 0.99)) if load.latencies else []
             row = {
@@ -164,7 +173,7 @@ class Rows:
                 "others": load.others / load.seconds / len(os.sched_getaffinity(0)),
                 "client_ms": 1e3 * load.client_seconds / max(1, len(load.latencies)),
                 "memory_mb": facts["memory"] / 1e6 if facts else None,
-                "start_s": float(np.median(facts["starts"])) if facts else None,
+                "start_s": facts.get("start"),
                 "body": facts.get("body"),
             }
             for key, value in zip(("p50_ms", "p95_ms", "p99_ms"), quantiles, strict=False):
@@ -173,30 +182,62 @@ class Rows:
         return rows
 
 
-def measure(
-    subject: Subject,
-    precision: str,
-    setting: Setting,
+@dataclass(frozen=True)
+class Started:
+    """A server that answers rightly, and its requests."""
+
+    subject: Subject
+    precision: str
+    server: Running
+    requests: list[Request]
+
+    def spell(self, rows: Rows, concurrency: int, seconds: float) -> None:
+        """Put a load on it for a while."""
+        clock = self.server.others_seconds()
+        load = drive(self.requests, concurrency=concurrency, seconds=seconds)
+        load.others = self.server.others_seconds() - clock
+        rows.add(self.subject.name, self.precision, concurrency, load)
+
+
+def start_all(
+    chosen: list[Subject],
+    settings: dict[str, Setting],
     images: list[bytes],
     *,
     arguments: argparse.Namespace,
     rows: Rows,
+    stack: ExitStack,
+) -> list[Started]:
+    """Start the servers one after the other, compare some answers, and warm each up."""
+    started = []
+    for precision, setting in settings.items():
+        for subject in chosen:
+            if precision != "fp32" and not subject.ours:
+                continue
+            print(f"starting {subject.name}, {precision}", flush=True)
+            try:
+                server = stack.enter_context(running(subject, setting, images[0]))
+                requests = [Request(server.url, *subject.encode(image)) for image in images]
+                check_answers(subject, setting, images, ask_each(requests[: arguments.checked]))
+            except SubjectError as error:
+                if subject.ours:
+                    raise SystemExit(str(error)) from None
+                print(error, file=sys.stderr)
+                rows.failed[subject.name] = str(error).partition("\n")[0]
+                continue
+            drive(requests, concurrency=max(arguments.concurrency), seconds=arguments.warm_up)
+            started.append(Started(subject, precision, server, requests))
+    return started
+
+
+def limit_spell(
+    rows: Rows, precision: str, setting: Setting, images: list[bytes], seconds: float
 ) -> None:
-    """One round of one subject."""
-    with running(subject, setting, images[0]) as server:
-        requests = [Request(server.url, *subject.encode(image)) for image in images]
-        check_answers(subject, setting, images, ask_each(requests[: arguments.checked]))
-        drive(requests, concurrency=max(arguments.concurrency), seconds=arguments.warm_up)
-        memory = 0
-        for concurrency in arguments.concurrency:
-            clock = server.others_seconds()
-            load = drive(requests, concurrency=concurrency, seconds=arguments.seconds)
-            load.others = server.others_seconds() - clock
-            rows.add(subject.name, precision, concurrency, load)
-            memory = max(memory, server.memory())
-        rows.add_facts(
-            subject.name, precision, start=server.seconds, memory=memory, body=subject.body
-        )
+    """A spell of the limit: its concurrency is the number of cores."""
+    found = measured_limit(setting, images, seconds)
+    load = Load(latencies=found["latencies"])
+    load.seconds = len(found["latencies"]) / found["throughput"]
+    rows.add(LIMIT, precision, len(os.sched_getaffinity(0)), load)
 
 
 def check_answers(
@@ -266,9 +307,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--page", type=Path, help="Markdown page to write the result into")
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 2, 4, 16])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each row in each round")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each row in each round")
     parser.add_argument("--warm-up", type=float, default=2.0, help="seconds of each start")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--checked", type=int, default=8, help="answers compared with the engine")
     parser.add_argument("--no-growth", dest="growth", action="store_false")

@@ -58,7 +58,8 @@ def digests(files: dict[str, bytes]) -> dict[str, str]:
 def find_archive(path: Path) -> Path:
     """The archive at `path`: the file itself, or the only `.mar` in or below that folder.
 
-    KServe's storage initializer hands over a folder.
+    KServe's storage initializer hands over a folder. Hidden folders do not count: a volume made of
+    a ConfigMap or a Secret has its files in one, behind links.
 
     Raises:
         ModelLoadError: nothing there, or more than one archive.
@@ -67,7 +68,11 @@ def find_archive(path: Path) -> Path:
         if not path.is_file():
             raise ModelLoadError(f"There is no archive at {path}.")
         return path
-    found = sorted(path.rglob("*.mar"))
+    found = sorted(
+        mar
+        for mar in path.rglob("*.mar")
+        if not any(part.startswith(".") for part in mar.relative_to(path).parts)
+    )
     if len(found) != 1:
         names = ", ".join(mar.name for mar in found) or "none"
         raise ModelLoadError(f"{path} must hold exactly one .mar file, but holds: {names}.")

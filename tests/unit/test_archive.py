@@ -258,6 +258,14 @@ class TestFindArchive:
         (tmp_path / "README.txt").touch()
         assert find_archive(tmp_path) == mar
 
+    def test_a_volume_of_a_config_map(self, tmp_path: Path) -> None:
+        hidden = tmp_path / "..2026_01_31"
+        hidden.mkdir()
+        (hidden / "cxr.mar").touch()
+        (tmp_path / "..data").symlink_to(hidden.name)
+        (tmp_path / "cxr.mar").symlink_to("..data/cxr.mar")
+        assert find_archive(tmp_path) == tmp_path / "cxr.mar"
+
     def test_an_empty_folder(self, tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match=r"exactly one \.mar file, but holds: none"):
             find_archive(tmp_path)
