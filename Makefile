@@ -73,6 +73,22 @@ loadtest: setup ## Load test with a verdict (HOST=URL: a running service, else t
 bench-portal: setup ## Measure what the portal adds to a model (MODEL=runs/demo/cxr.mar)
 	$(BIN)/python bench/portal.py $(or $(MODEL),$(OUT)/cxr.mar)
 
+PAGE := portal/cxr_portal/static/index.html
+
+.PHONY: page
+page: $(PAGE) ## Build the portal's page
+
+# Node.js and npm come from PyPI, too.
+$(PAGE): $(VENV)/.installed portal/web/package-lock.json portal/web/openapi.json $(wildcard portal/web/*.ts portal/web/*.html portal/web/src/*)
+	PATH="$(abspath $(BIN)):$$PATH" npm --prefix portal/web --silent ci
+	PATH="$(abspath $(BIN)):$$PATH" npm --prefix portal/web --silent run build
+	touch $@
+
+.PHONY: portal
+portal: page ## A small model behind the portal: http://127.0.0.1:8090 (OUT=FOLDER: another demo's model)
+	test -f "$(OUT)/cxr.mar" || $(MAKE) demo
+	$(BIN)/cxr portal "$(OUT)/cxr.mar" --database "sqlite:///$(OUT)/portal.db"
+
 .PHONY: openapi
 openapi: setup ## Write the document of the portal's API again
 	$(BIN)/cxr portal openapi > portal/web/openapi.json
@@ -88,6 +104,10 @@ test-unit: setup ## Run the unit tests
 .PHONY: test-integration
 test-integration: setup ## Run the tests that start real servers
 	$(PYTEST) tests/integration
+
+.PHONY: test-browser
+test-browser: page ## Use the portal's page in Chromium (CXR_CHROMIUM=PATH: which); screenshots in runs/
+	$(PYTEST) tests/browser
 
 .PHONY: rules
 rules: setup ## Test each alert of the chart with promtool, which must be on the PATH
