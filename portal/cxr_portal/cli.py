@@ -117,7 +117,7 @@ def portal() -> None:
     "--max-image-bytes",
     default=DEFAULT_LIMITS.max_bytes,
     type=click.IntRange(1),
-    help="Largest encoded image. A request may have twice of it, a job 32 times.",
+    help="Largest encoded image. A request may have twice of it, a job 8 times.",
 )
 @click.option(
     "--max-images", default=_DEFAULTS.max_images, type=click.IntRange(1, 64), help="Per request."

@@ -93,8 +93,8 @@ class Settings:
 
     @property
     def max_job_bytes(self) -> int:
-        """Body size of a job: 32 images of the largest size."""
-        return 32 * self.limits.max_bytes
+        """Body size of a job, all of which is held in memory: 8 images of the largest size."""
+        return 8 * self.limits.max_bytes
 
 
 def is_loopback(host: str) -> bool:
