@@ -95,8 +95,38 @@ class FailedImage(_Document):
 ImageResult = Annotated[AnsweredImage | RefusedImage | FailedImage, Field(discriminator="outcome")]
 
 
+_PREDICTIONS: dict[str, Any] = {
+    "request_id": "a2704736-7b20-4b0f-9437-b3fc2c84063b",
+    "model": "cxr",
+    "images": [
+        {
+            "outcome": "answered",
+            "index": 0,
+            "label": "No finding",
+            "probabilities": {"COVID-19": 0.02, "No finding": 0.91, "Pneumonia": 0.07},
+            "decisions": {
+                "COVID-19": "negative",
+                "No finding": "positive",
+                "Pneumonia": "negative",
+            },
+            "quality": {"reasons": [], "scores": {"too_dark": 0.1}},
+            "heatmap": None,
+            "model_version": "1.0",
+        },
+        {
+            "outcome": "refused",
+            "index": 1,
+            "reason": "not_an_image",
+            "detail": "The data is not an image; send one JPEG, PNG, TIFF or DICOM file.",
+        },
+    ],
+}
+
+
 class Predictions(_Document):
     """Answers to the images of one request, in its order."""
+
+    model_config = ConfigDict(frozen=True, json_schema_extra={"examples": [_PREDICTIONS]})
 
     request_id: str
     model: Annotated[str, Field(description="The model's name.")]
@@ -112,8 +142,23 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+_JOB: dict[str, Any] = {
+    "id": "63c814bb-1d23-41fd-8039-ff7fb4070848",
+    "state": "running",
+    "total": 500,
+    "answered": 249,
+    "refused": 1,
+    "failed": 0,
+    "cancelled": 0,
+    "created": "2026-01-31T09:30:00Z",
+    "expires": "2026-02-01T09:30:00Z",
+}
+
+
 class Job(_Document):
     """A batch of images that is answered in the background."""
+
+    model_config = ConfigDict(frozen=True, json_schema_extra={"examples": [_JOB]})
 
     id: str
     state: JobState
@@ -209,7 +254,21 @@ class Health(_Document):
 class Problem(BaseModel):
     """Why there is no answer (RFC 9457)."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:cxr:problem:too-many-images",
+                    "title": "Too Many Requests",
+                    "status": 429,
+                    "detail": "These credentials allow 600 images a minute; try again later.",
+                    "request_id": "a2704736-7b20-4b0f-9437-b3fc2c84063b",
+                }
+            ]
+        },
+    )
 
     type: Annotated[str, Field(description="Stable, for programs.")]
     title: str

@@ -26,6 +26,8 @@ from cxr_portal.settings import Scope
 KEY_PREFIX = "cxr_"
 _ID_BYTES = 6
 _SECRET_BYTES = 32
+# Any number that nobody else locks in the same database.
+_SETUP_LOCK = 0x637872
 # Seconds that a claim of an image lasts unless it is renewed.
 LEASE = 6.0
 
@@ -193,7 +195,12 @@ class Store:
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
-        _Table.metadata.create_all(self._engine)
+        with self._engine.begin() as connection:
+            if not self._sqlite:
+                # Gateways that start together must not make the same table.
+                lock = sa.func.pg_advisory_xact_lock(_SETUP_LOCK)
+                connection.execute(sa.select(lock))
+            _Table.metadata.create_all(connection)
 
     def close(self) -> None:
         """Close all connections."""

@@ -324,6 +324,22 @@ class TestModelAway:
                     worker.resume()
             assert_problem(answer, 504, "model-timeout", "did not answer in time")
 
+    def test_a_client_that_leaves_takes_its_call_with_it(self, model: Server) -> None:
+        with portal(f"--server={model.grpc}") as running, running.http() as http:
+            for worker in model.workers():
+                worker.suspend()
+            try:
+                with pytest.raises(httpx.ReadTimeout):
+                    ask(http, GOOD, timeout=1)
+                deadline = time.monotonic() + 5
+                while 'model_calls_total{code="CANCELLED"} 1.0' not in running.metrics:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            finally:
+                for worker in model.workers():
+                    worker.resume()
+            assert "cxr_portal_images_in_flight 0.0" in running.metrics
+
 
 class TestCommand:
     def test_one_command_starts_model_and_gateway(self, guarded_archive: Path) -> None:

