@@ -13,6 +13,7 @@ LOADTEST_OUT ?= runs/loadtest
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE ?= cxr-serve:$(VERSION)
 TRAINING_IMAGE ?= cxr-training:$(VERSION)
+LOADTEST_IMAGE ?= cxr-loadtest:$(VERSION)
 ENGINE ?= docker
 BUILDER ?= $(ENGINE) build
 
@@ -119,7 +120,11 @@ fuzz: setup ## Ask both runtimes 10,000 times, 20 % of it hostile (REQUESTS=NUMB
 
 .PHONY: e2e
 e2e: setup ## Try everything on the cluster of KUBECONFIG (CONTRIBUTING.md: settings; ONLY=EXPRESSION: some of it)
-	$(PYTEST) tests/e2e $(if $(ONLY),-k "$(ONLY)")
+	$(PYTEST) tests/e2e -m "not long" $(if $(ONLY),-k "$(ONLY)")
+
+.PHONY: chaos
+chaos: setup ## Faults under load on the cluster, promised against observed (settings as e2e; ONLY=EXPRESSION)
+	$(PYTEST) tests/e2e/test_e2e_chaos.py $(if $(ONLY),-k "$(ONLY)")
 
 .PHONY: observe-e2e
 observe-e2e: setup ## Alerts by promtool, then metrics, dashboards and alerts live; as e2e, with promtool on the PATH
@@ -132,6 +137,10 @@ images: ## Build the serving image (ENGINE=podman; BUILD_ARGS="--build-arg RUNTI
 .PHONY: training-image
 training-image: ## Build the image of the training environment with JupyterLab
 	$(call build,training/Dockerfile,$(TRAINING_IMAGE))
+
+.PHONY: loadtest-image
+loadtest-image: ## Build the image that charts/cxr-loadtest runs
+	$(call build,loadtests/Dockerfile,$(LOADTEST_IMAGE))
 
 define build
 $(BUILDER) --file $(1) --tag $(2) --build-arg VERSION=$(VERSION) \

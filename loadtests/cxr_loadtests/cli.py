@@ -16,9 +16,13 @@ _EXISTING = click.Path(exists=True, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.group()
+@click.group(context_settings={"auto_envvar_prefix": "CXR_LOADTEST"})
 def loadtest() -> None:
-    """Load tests of a running service, judged by objectives."""
+    """Load tests of a running service, judged by objectives.
+
+    Each option can be given as an environment variable: --images of `run` as
+    CXR_LOADTEST_RUN_IMAGES.
+    """
 
 
 @loadtest.command(context_settings={"show_default": True})
@@ -108,7 +112,8 @@ def run(
     cxr loadtest run --host http://127.0.0.1:8080 --grpc 127.0.0.1:8081 --archive cxr.mar
     cxr loadtest run --host https://cxr.example.org --shape arrival --rate 20
 
-    Exit code 0 when every objective was kept, 1 when one was broken, 2 when there was no run.
+    Ctrl-C ends the run early; what there is will be judged. Exit code 0 when every objective was
+    kept, 1 when one was broken, 2 when there was no run.
     """  # noqa: D301 - \b is click's mark for "keep these lines"
     if (host is None) == (archive_to_serve is None):
         raise click.UsageError("Name the service with --host, or an archive with --serve.")
@@ -240,8 +245,8 @@ def _tell(result: "Result", verdict: "Verdict", out: Path) -> None:
     click.echo(tabulate(summary(result), headers=headers, disable_numparse=True))
     click.echo()
     _checks(verdict)
-    if result.generator.busy:
-        click.echo("The load generator was busy: some of the latency may be its own.")
+    if result.generator.note:
+        click.echo(result.generator.note)
     click.echo(f"{'Passed' if verdict.passed else 'Failed'}; the report: {out / 'report.html'}")
 
 

@@ -8,6 +8,7 @@ grpc_gevent.init_gevent()
 
 import logging  # noqa: E402
 import random  # noqa: E402
+import signal  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
@@ -56,18 +57,24 @@ class State:
     """What the users of this process share.
 
     Attributes:
+        interrupted: whether the run is to end now.
         recorder: what they saw.
         rate: requests a second that this process sends in the open model.
         think: whether clients of the closed model pause.
     """
 
     def __init__(self) -> None:
+        self.interrupted = False
         self.recorder = Recorder()
         self.rate = 0.0
         self.think = True
         self.plan: Plan | None = None
         self._mix: Mix | None = None
         self.random = random.Random()  # noqa: S311 - pauses and gaps
+
+    def interrupt(self) -> None:
+        """End the run; what there is will be judged."""
+        self.interrupted = True
 
     def take(self, plan: Plan) -> None:
         """Get ready for a plan."""
@@ -246,6 +253,9 @@ class _Schedule(locust.LoadTestShape):
     def tick(self) -> tuple[int, float, list[type[locust.User]]] | None:
         """The load of now; None at the end."""
         now = time.time()
+        if state.interrupted:
+            self.end()
+            return None
         if self._phase is None or now - self._began >= self._phase.seconds:
             self.end()
             self._phase = self._next()
@@ -291,6 +301,7 @@ class _Schedule(locust.LoadTestShape):
         return None
 
     def _begin(self, phase: Phase) -> None:
+        self._say(f"{phase.name} begins")
         self._began = time.time()
         self._rate = phase.rate
         if phase.knee_share is not None:
@@ -338,14 +349,14 @@ def drive(
     port: int = DEFAULT_PORT,
     say: Callable[[str], None],
 ) -> Driven:
-    """Run a shape against a service.
+    """Run a shape against a service; SIGINT ends it early.
 
     Args:
         plan: what is asked.
         shape: how much.
         workers: processes that send the requests, as `work`; without any, this one does.
         port: on which this process waits for workers.
-        say: is told how each phase went.
+        say: is told when each phase begins, and how it went.
 
     Raises:
         LoadTestError: the workers do not come, or the knee was not found.
@@ -373,11 +384,13 @@ def drive(
         runner.register_message("phase", state.phase)
     schedule.runner = runner
     problems: list[BaseException] = []
+    handler = gevent.signal_handler(signal.SIGINT, state.interrupt)
     runner.start_shape()
     walker = runner.shape_greenlet
     walker.link_exception(lambda failed: problems.append(failed.exception))
     walker.join()
     schedule.end()
+    handler.cancel()
     busy = bool(
         runner.cpu_warning_emitted
         or any(client.cpu_warning_emitted for client in runner.clients.values())

@@ -16,6 +16,8 @@ from cxr_loadtests.profile import Profile, Strict
 RESULT_FILE = "result.json"
 # The knee is where this share of the highest throughput is reached: more clients then only wait.
 KNEE_SHARE = 0.95
+# Seconds after it was due; a request that leaves later was held up by the generator.
+LONGEST_LAG = 0.1
 
 
 class PhaseRecord(Strict):
@@ -141,6 +143,18 @@ class Generator(Strict):
     busy: bool
     lag_p99: float | None
     unfinished: int
+
+    @property
+    def note(self) -> str:
+        """What a reader of latencies should know; empty where the generator kept up."""
+        late = self.lag_p99 is not None and self.lag_p99 > LONGEST_LAG
+        if not self.busy and not late:
+            return ""
+        what = "used its processor core to more than 90 %" if self.busy else ""
+        if late and self.lag_p99 is not None:
+            sent = f"sent requests up to {self.lag_p99 * 1000:.0f} ms late (p99)"
+            what = f"{what} and {sent}" if what else sent
+        return f"The load generator {what}: some of the latency is its own."
 
 
 class Reconciliation(Strict):

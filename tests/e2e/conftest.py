@@ -50,7 +50,19 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyPair:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, keys: KeyPair) -> str:
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The archives of two versions, here."""
+    folder = tmp_path_factory.mktemp("archives")
+    packed = {version: folder / f"{version}.mar" for version in ("1.0", "2.0")}
+    for version, archive in packed.items():
+        pack(make_bundle(folder / version, version=version), archive)
+    return packed
+
+
+@pytest.fixture(scope="session")
+def models(
+    tmp_path_factory: pytest.TempPathFactory, archives: dict[str, Path], keys: KeyPair
+) -> str:
     """Archives in S3: folders `1.0`, `2.0`, `signed`, `altered`, `damaged`; the URI above them."""
     store = boto3.client("s3", endpoint_url=setting("CXR_E2E_S3_URL", "S3 server, from here"))
     if BUCKET not in [bucket["Name"] for bucket in store.list_buckets()["Buckets"]]:
@@ -67,7 +79,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, keys: KeyPair) -> str:
     for name, archive in (("signed", packed), ("altered", altered)):
         store.upload_file(str(archive), BUCKET, f"{name}/cxr.mar")
         store.upload_file(str(signature), BUCKET, f"{name}/cxr.mar.sig")
-    damaged = bytearray((folder / "2.0.mar").read_bytes())
+    damaged = bytearray(packed.read_bytes())
     damaged[damaged.index(b"intended_use") + 20] ^= 1
     store.put_object(Bucket=BUCKET, Key="damaged/cxr.mar", Body=bytes(damaged))
     return f"s3://{BUCKET}"

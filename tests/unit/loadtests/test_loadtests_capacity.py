@@ -1,0 +1,197 @@
+"""The simulation: its queueing, its autoscaler, and what it said of a measured case."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from cxr.cli import main
+from cxr_loadtests.capacity import measured_service, read_case, replicas_for
+from cxr_loadtests.errors import LoadTestError
+from cxr_loadtests.simulation import (
+    Rate,
+    Scaling,
+    Service,
+    erlang_c,
+    interpolated,
+    simulate,
+)
+from support.loadtests import make_result, make_steps
+
+
+def service(*, mean: float = 0.1, sigma: float = 0.0, parallel: int = 1) -> Service:
+    drawn = np.random.default_rng(0).lognormal(math.log(mean), sigma, 2000)
+    return Service(drawn, parallel, (1.0,) * parallel)
+
+
+def constant(rate: float) -> Rate:
+    return interpolated([(0.0, rate)])
+
+
+def still(replicas: int) -> Scaling:
+    return Scaling(metric="none", min=replicas, max=replicas)
+
+
+def test_erlang_s_formula() -> None:
+    # Of one server, the chance to wait is its load; the second value is from Erlang's tables.
+    assert erlang_c(1, 0.7) == pytest.approx(0.7)
+    assert erlang_c(10, 8.0) == pytest.approx(0.409, abs=0.001)
+
+
+@pytest.mark.parametrize(("load", "parallel"), [(0.5, 1), (0.8, 1), (0.7, 4)])
+def test_waiting_is_what_queueing_theory_says(load: float, parallel: int) -> None:
+    """Of a single replica with equal service times, both ways (M/D/1: the mean wait is exact)."""
+    one = service(parallel=parallel)
+    rate = load * one.throughput
+    exact = simulate(constant(rate), one, still(1), 3000, exact=True)
+    fluid = simulate(constant(rate), one, still(1), 3000)
+    if parallel == 1:
+        values = np.concatenate(exact.latencies)
+        assert values.mean() == pytest.approx(0.1 * (1 + load / 2 / (1 - load)), rel=0.05)
+    for share in (0.5, 0.95):
+        assert fluid.percentile(share) == pytest.approx(exact.percentile(share), rel=0.15)
+
+
+def test_the_flow_agrees_with_the_events_while_it_scales() -> None:
+    points = [(0.0, 5.0), (60.0, 5.0), (61.0, 25.0), (600.0, 25.0), (601.0, 5.0), (900.0, 5.0)]
+    scaling = Scaling(target=1.5, scrape=5, interval=5, down_stabilization=30, cold_start=10)
+    one = service(sigma=0.3)
+    exact, fluid = (
+        simulate(interpolated(points), one, scaling, 900, exact=exact) for exact in (True, False)
+    )
+    assert max(exact.ready) == max(fluid.ready) == 4
+    assert fluid.mean_ready == pytest.approx(exact.mean_ready, rel=0.1)
+    assert fluid.percentile(0.95) == pytest.approx(exact.percentile(0.95), rel=0.2)
+    assert fluid.replica_hours == pytest.approx(exact.replica_hours, rel=0.1)
+
+
+class TestScaler:
+    def test_a_cold_start_delays_the_second_replica(self) -> None:
+        rate = interpolated([(0, 1), (100, 1), (101, 25)])
+        for seconds in (10, 60):
+            scaling = Scaling(target=1.5, scrape=5, interval=5, cold_start=seconds)
+            ready = simulate(rate, service(), scaling, 400).ready
+            asked = simulate(rate, service(), scaling, 400).asked
+            wanted = next(i for i, count in enumerate(asked) if count > 1)
+            came = next(i for i, count in enumerate(ready) if count > 1)
+            assert came - wanted == pytest.approx(seconds, abs=1)
+
+    def test_stabilisation_keeps_replicas_after_a_peak(self) -> None:
+        rate = interpolated([(0, 25), (300, 25), (301, 1)])
+        ends = []
+        for window in (0, 300):
+            scaling = Scaling(
+                target=1.5, min=1, scrape=5, interval=5, cold_start=5, down_stabilization=window
+            )
+            asked = simulate(rate, service(), scaling, 1200).asked
+            ends.append(max(i for i, count in enumerate(asked) if count > 1))
+        assert ends[1] - ends[0] == pytest.approx(300, abs=30)
+
+    def test_at_most_four_or_twice_as_many_come_in_15_seconds(self) -> None:
+        scaling = Scaling(target=0.1, max=100, scrape=5, interval=5, cold_start=1000)
+        asked = simulate(constant(9.0), service(), scaling, 120).asked
+        for second in range(len(asked) - 15):
+            assert asked[second + 15] <= max(asked[second] + 8, 4 * asked[second])
+        assert asked[10] <= 5
+
+    def test_cpu_use_is_a_metric_too(self) -> None:
+        scaling = Scaling(
+            metric="cpu", target=0.7, max=10, cold_start=5, cpu_seconds=0.1, interval=5
+        )
+        # 5 cores are used; 0.7 of a core a replica.
+        assert simulate(constant(50.0), service(), scaling, 900).asked[-1] in (7, 8)
+
+    def test_what_does_not_fit_into_the_queue_is_refused(self) -> None:
+        scaling = Scaling(metric="none", min=1, max=1, max_queue=20)
+        for exact in (True, False):
+            outcome = simulate(constant(20.0), service(), scaling, 300, exact=exact)
+            assert outcome.refused == pytest.approx(300 * 10, rel=0.1)
+            assert outcome.percentile(0.95) == pytest.approx(2.0, rel=0.15)
+
+
+def test_a_service_is_read_off_a_step_test() -> None:
+    """Two at once, and slower together: 50/s with one client, 80/s with two and more."""
+    one = measured_service(make_steps({1: 50, 2: 80, 4: 80}), 1)
+    assert one.parallel == 2
+    assert one.throughput == pytest.approx(80, rel=0.02)
+    assert one.slowdown == pytest.approx((1.0, 1.25), rel=0.02)
+    # The same figures from two replicas: one request at once each.
+    assert measured_service(make_steps({1: 50, 2: 80, 4: 80}), 2).parallel == 1
+    with pytest.raises(LoadTestError, match="no step test"):
+        measured_service(make_result({0: [0.1]}), 1)
+
+
+def test_replicas_for_a_rate() -> None:
+    one = service(sigma=0.3)
+    count, p95 = replicas_for(100.0, one, p95=1.0, headroom=0.3)
+    assert count == math.ceil(100 / (0.7 * one.throughput))
+    assert p95 < 1.0
+    more, quicker = replicas_for(100.0, one, p95=0.2, headroom=0.0)
+    assert quicker <= 0.2
+    assert more > math.ceil(100 / one.throughput)
+    with pytest.raises(LoadTestError, match="Even an idle replica"):
+        replicas_for(100.0, one, p95=0.05, headroom=0.3)
+
+
+def test_a_day_of_a_thousand_replicas() -> None:
+    """The shipped case, and an hour of it about the first spike."""
+    case = read_case(None)
+    assert case.scaling.max == 1000
+    rate = case.rate()
+    assert rate(11 * 3600) == pytest.approx(20_000)
+    assert rate(23 * 3600) == pytest.approx(1_500, rel=0.01)
+    assert rate(8 * 3600 + 60) == pytest.approx(1.5 * rate(8 * 3600 - 60), rel=0.02)
+    scaling = case.scaling.model_copy(update={"min": 700})
+    hour = simulate(
+        lambda now: rate(now + 7.75 * 3600), service(mean=0.035, sigma=0.3), scaling, 3600
+    )
+    assert max(hour.ready) == 1000
+    assert np.sum(hour.rates) > 5e7
+
+
+class TestCommand:
+    def test_plan(self, tmp_path: Path) -> None:
+        make_steps({1: 50, 2: 80, 4: 80}).save(tmp_path)
+        options = ["--rate", "400", "--p95", "0.5", "--price", "0.2", "--json"]
+        done = CliRunner().invoke(main, ["capacity", "plan", str(tmp_path), *options])
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.output)
+        assert found["replicas"] == math.ceil(400 / (0.7 * found["throughput_per_replica"]))
+        assert found["cost_per_hour"] == pytest.approx(0.2 * found["replicas"])
+
+    def test_simulate(self, tmp_path: Path) -> None:
+        make_steps({1: 50, 2: 80, 4: 80}).save(tmp_path)
+        case = tmp_path / "case.yaml"
+        case.write_text(
+            yaml.safe_dump({"seconds": 120, "points": [[0, 10], [120, 100]], "scaling": {}}),
+            encoding="utf-8",
+        )
+        series = tmp_path / "series.csv"
+        arguments = ["capacity", "simulate", str(tmp_path), f"--case={case}", f"--series={series}"]
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.output
+        assert "replicas mean" in done.output
+        assert len(series.read_text(encoding="utf-8").splitlines()) == 121
+
+    @pytest.mark.parametrize(
+        ("document", "words"),
+        [
+            ({"scaling": {}}, "has points or a day"),
+            ({"points": [[0, 1]], "scaling": {"min": 5, "max": 4}}, "must not be more"),
+            ({"points": [[0, 1]], "scaling": {"metric": "luck"}}, "scaling.metric"),
+        ],
+    )
+    def test_a_bad_case_is_one_sentence(
+        self, tmp_path: Path, document: dict[str, object], words: str
+    ) -> None:
+        make_steps({1: 50, 2: 80, 4: 80}).save(tmp_path)
+        case = tmp_path / "case.yaml"
+        case.write_text(yaml.safe_dump(document), encoding="utf-8")
+        done = CliRunner().invoke(main, ["capacity", "simulate", str(tmp_path), f"--case={case}"])
+        assert done.exit_code == 1
+        assert words in done.output
+        assert len(done.output.splitlines()) == 1
