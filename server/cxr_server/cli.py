@@ -124,6 +124,12 @@ _OTLP_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
     help="Seconds after that for requests in flight.",
 )
 @click.option(
+    "--connection-age",
+    default=_DEFAULTS.connection_age,
+    type=click.FloatRange(1),
+    help="Seconds after which gRPC clients are asked to connect anew, and find new replicas.",
+)
+@click.option(
     "--log-format",
     default=LogFormat.TEXT.value,
     type=click.Choice([log_format.value for log_format in LogFormat]),
@@ -161,6 +167,7 @@ def serve(
     startup_timeout: float,
     drain_delay: float,
     grace_period: float,
+    connection_age: float,
     log_format: str,
     access_log: bool,
     tracing: bool,
@@ -218,6 +225,7 @@ def serve(
         startup_timeout=startup_timeout,
         drain_delay=drain_delay,
         grace_period=grace_period,
+        connection_age=connection_age,
         tracing=tracing,
         verbose=verbose,
     )

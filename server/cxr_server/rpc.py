@@ -238,6 +238,7 @@ async def start_grpc(service: Service) -> tuple[Any, int]:
         options=[
             ("grpc.max_receive_message_length", settings.max_request_bytes),
             ("grpc.max_send_message_length", -1),
+            ("grpc.max_connection_age_ms", round(1000 * settings.connection_age)),
             # Two services must not answer on one port by turns.
             ("grpc.so_reuseport", 0),
         ]

@@ -88,6 +88,8 @@ class Settings:
         drain_delay: seconds after SIGTERM in which new requests are still taken, so that load
             balancers can see that the service is no longer ready.
         grace_period: seconds after that for requests in flight.
+        connection_age: seconds after which a gRPC client is asked to connect anew, so that clients
+            which spread their calls find new replicas. Calls in flight end as they would.
         tracing: send traces to where OpenTelemetry's environment variables say.
         verbose: log what the runtime logs.
     """
@@ -108,6 +110,7 @@ class Settings:
     startup_timeout: float = 180.0
     drain_delay: float = 1.0
     grace_period: float = 30.0
+    connection_age: float = 60.0
     tracing: bool = False
     verbose: bool = False
 

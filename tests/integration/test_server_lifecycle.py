@@ -529,6 +529,21 @@ class TestInside:
             assert environment["OMP_NUM_THREADS"] == expected
 
 
+def test_grpc_clients_connect_anew_and_lose_no_call(archive: Path) -> None:
+    """So that clients which spread their calls find new replicas."""
+    states = []
+    with (
+        serving(archive, "--runtime=inprocess", "--workers=1", "--connection-age=1") as server,
+        grpc.insecure_channel(server.grpc) as channel,
+    ):
+        channel.subscribe(states.append)
+        ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            assert ask(grpc_request([IMAGE]), timeout=20).model_name == "cxr"
+    assert states.count(grpc.ChannelConnectivity.READY) >= 3
+
+
 def call(port: int, method: str) -> str:
     """The status of a gRPC call without a token."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
