@@ -14,6 +14,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE ?= cxr-serve:$(VERSION)
 TRAINING_IMAGE ?= cxr-training:$(VERSION)
 LOADTEST_IMAGE ?= cxr-loadtest:$(VERSION)
+PORTAL_IMAGE ?= cxr-portal:$(VERSION)
 ENGINE ?= docker
 BUILDER ?= $(ENGINE) build
 
@@ -141,6 +142,10 @@ training-image: ## Build the image of the training environment with JupyterLab
 .PHONY: loadtest-image
 loadtest-image: ## Build the image that charts/cxr-loadtest runs
 	$(call build,loadtests/Dockerfile,$(LOADTEST_IMAGE))
+
+.PHONY: portal-image
+portal-image: ## Build the image of the portal
+	$(call build,portal/Dockerfile,$(PORTAL_IMAGE))
 
 define build
 $(BUILDER) --file $(1) --tag $(2) --build-arg VERSION=$(VERSION) \

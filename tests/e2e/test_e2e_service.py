@@ -7,7 +7,6 @@ import base64
 import json
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +17,7 @@ from packaging.requirements import Requirement
 
 from cxr.answer import Prediction
 from support.charts import CHART
-from support.cluster import Gateway, Load, Namespace, infer, run, setting, wait_for
+from support.cluster import Gateway, Load, Namespace, infer, intrude, probe, run, setting, wait_for
 from support.figures import report
 from support.keys import KeyPair
 
@@ -379,27 +378,7 @@ def test_network_policy_lets_only_the_gateway_and_prometheus_in(installed: Names
     """A pod in another namespace reaches no port, and TorchServe's are closed from anywhere."""
     address = installed.pods()[0]["status"]["podIP"]
     script = probe((address, port) for port in (8080, 8081, 8082, 7070, 7071, 8443))
-    image = f"--image={setting('CXR_E2E_IMAGE', 'serving image')}"
-    outside = ("kubectl", "-n", "default")
-    # Its log is read afterwards: an attached client can come too late for so short a run.
-    run(
-        *outside,
-        "run",
-        "intruder",
-        "--restart=Never",
-        image,
-        "--command",
-        "--",
-        "python",
-        "-c",
-        script,
-    )
-    try:
-        done = "jsonpath={.status.phase}=Succeeded"
-        run(*outside, "wait", f"--for={done}", "--timeout=120s", "pod/intruder")
-        printed = run(*outside, "logs", "intruder")
-    finally:
-        run(*outside, "delete", "pod", "intruder", "--now")
+    printed = intrude(script, setting("CXR_E2E_IMAGE", "serving image"))
     assert printed.count("closed") == 6, printed
     report("network policy", "six ports tried from another namespace, all closed")
 
@@ -414,19 +393,6 @@ def test_network_policy_lets_only_dns_and_storage_out(installed: Namespace) -> N
     printed = installed.execute("python", "-c", probe(targets))
     assert [line.split()[-1] for line in printed.splitlines()] == ["closed", "open"], printed
     report("network policy", "from inside, storage answers and Prometheus does not")
-
-
-def probe(targets: Iterable[tuple[str, int]]) -> str:
-    """A program that tries to connect to these, and prints a line for each."""
-    return (
-        "import socket\n"
-        f"for target in {list(targets)}:\n"
-        "    try:\n"
-        "        socket.create_connection(target, 2)\n"
-        "        print(target, 'open')\n"
-        "    except OSError:\n"
-        "        print(target, 'closed')\n"
-    )
 
 
 def test_gpu_values_take_the_gpu_and_wait_where_none_is_free(

@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -142,6 +142,33 @@ def infer(channel: grpc.Channel, image: bytes) -> Any:
     tensor = request.inputs.add(name="image", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(image)
     return service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=30)
+
+
+def probe(targets: Iterable[tuple[str, int]]) -> str:
+    """A program that tries to connect to these, and prints a line for each."""
+    return (
+        "import socket\n"
+        f"for target in {list(targets)}:\n"
+        "    try:\n"
+        "        socket.create_connection(target, 2)\n"
+        "        print(target, 'open')\n"
+        "    except OSError:\n"
+        "        print(target, 'closed')\n"
+    )
+
+
+def intrude(program: str, image: str, namespace: str = "default") -> str:
+    """Run a Python program in another namespace; what it printed."""
+    outside = ("kubectl", "-n", namespace)
+    # Its log is read afterwards: an attached client can come too late for so short a run.
+    command = ("--command", "--", "python", "-c", program)
+    run(*outside, "run", "intruder", "--restart=Never", f"--image={image}", *command)
+    try:
+        done = "jsonpath={.status.phase}=Succeeded"
+        run(*outside, "wait", f"--for={done}", "--timeout=120s", "pod/intruder")
+        return run(*outside, "logs", "intruder")
+    finally:
+        run(*outside, "delete", "pod", "intruder", "--now")
 
 
 class Load:

@@ -25,6 +25,14 @@ PACKAGES = {
 ROOMS = ("training", "model_archive", "handlers", "server", "portal", "loadtests")
 
 
+def test_images_are_built_with_every_package_of_the_wheel() -> None:
+    """Without one, `cxr --help` in an image would fail on the commands that it registers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {f"!{package}" for package in packages} <= set(lines)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")

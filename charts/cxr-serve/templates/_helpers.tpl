@@ -67,6 +67,29 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- add (ceil .Values.server.drainDelay) (ceil .Values.server.requestTimeout) 15 -}}
 {{- end }}
 
+{{/* How pods are spread: dict "constraints" LIST "labels" (what tells them from others). */}}
+{{- define "cxr.topologySpread" -}}
+{{- $labels := .labels -}}
+{{- range .constraints }}
+- topologyKey: {{ .topologyKey }}
+  whenUnsatisfiable: {{ .whenUnsatisfiable }}
+  maxSkew: {{ .maxSkew | default 1 }}
+  labelSelector: {matchLabels: {{ $labels | toJson }}}
+  # Each revision by itself, or an upgrade would leave it lopsided.
+  matchLabelKeys: [pod-template-hash]
+{{- end }}
+{{- end }}
+
+{{/* OpenTelemetry's own variables: dict "root" $ "service" (its name in traces). */}}
+{{- define "cxr.tracingEnv" -}}
+{{- $tracing := .root.Values.tracing -}}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ $tracing.endpoint | quote }}}
+- {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
+- {name: OTEL_TRACES_SAMPLER_ARG, value: {{ $tracing.samplingRatio | quote }}}
+- {name: OTEL_SERVICE_NAME, value: {{ .service }}}
+- {name: OTEL_RESOURCE_ATTRIBUTES, value: k8s.namespace.name={{ .root.Release.Namespace }}}
+{{- end }}
+
 {{- define "cxr.containerSecurityContext" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
@@ -93,6 +116,31 @@ seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 {{- end -}}
 {{- toYaml $peers -}}
+{{- end }}
+
+{{/* A way out that every pod needs: DNS. */}}
+{{- define "cxr.dnsEgress" -}}
+- to: {{- toYaml .Values.networkPolicy.dnsPeers | nindent 4 }}
+  ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+{{- end }}
+
+{{/* A way out to URLs: dict "urls" LIST "peers" LIST (without any: every address). */}}
+{{- define "cxr.egressTo" -}}
+{{- $ports := list -}}
+{{- range .urls -}}
+{{- $url := urlParse . -}}
+{{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) -}}
+{{- $ports = append $ports ($port | default (ternary "443" "80" (eq $url.scheme "https"))) -}}
+{{- end -}}
+- ports:
+    {{- range uniq $ports }}
+    - {port: {{ . }}, protocol: TCP}
+    {{- end }}
+  {{- with .peers }}
+  to: {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- end }}
 
 {{/* Named after its content, so that another key starts new pods. */}}

@@ -2,6 +2,7 @@
 {{- define "cxr.validate" -}}
 {{- include "cxr.validate.refused" . -}}
 {{- include "cxr.validate.values" . -}}
+{{- include "cxr.validate.portal" . -}}
 {{- include "cxr.validate.cluster" . -}}
 {{- end }}
 
@@ -97,6 +98,40 @@ serving.kserve.io/enable-tag-routing: Standard mode ignores it. Set canary.heade
 {{- end -}}
 {{- if not (or $v.canary.storageUri $v.canary.image.tag $v.canary.image.digest) -}}
 {{- fail "\ncanary.enabled: the canary would be the same as the first predictor. Set canary.storageUri or canary.image." -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "cxr.validate.portal" -}}
+{{- $portal := .Values.portal -}}
+{{- if $portal.enabled -}}
+{{- if not $portal.database.secret -}}
+{{- if or $portal.scaling.enabled (gt (int $portal.replicas) 1) -}}
+{{- fail "\nportal.database.secret: SQLite on a volume takes one replica. Name a Secret with the URL of a PostgreSQL database, or leave portal.replicas at 1 and portal.scaling off." -}}
+{{- end -}}
+{{- end -}}
+{{- if and $portal.scaling.enabled (gt (int $portal.scaling.minReplicas) (int $portal.scaling.maxReplicas)) -}}
+{{- fail "\nportal.scaling.maxReplicas: must not be below portal.scaling.minReplicas." -}}
+{{- end -}}
+{{- if and $portal.scaling.enabled (not (dig "requests" "cpu" "" $portal.resources)) -}}
+{{- fail "\nportal.resources.requests.cpu: portal.scaling aims at a share of it." -}}
+{{- end -}}
+{{- if and (ne .Values.routing.type "none") (not $portal.host) -}}
+{{- fail "\nportal.host: say under which host name the portal is reached; one of its own, for its API and the service's share paths." -}}
+{{- end -}}
+{{- if and $portal.host (has $portal.host (list .Values.routing.host .Values.routing.grpcHost)) -}}
+{{- fail "\nportal.host: must differ from routing.host and routing.grpcHost; the portal's API and the service's share paths." -}}
+{{- end -}}
+{{- if ne (empty $portal.auth.oidc.issuer) (empty $portal.auth.oidc.audience) -}}
+{{- fail "\nportal.auth.oidc: issuer and audience go together; without an audience any token of the issuer would do." -}}
+{{- end -}}
+{{- if and $portal.auth.oidc.jwksUrl (not $portal.auth.oidc.issuer) -}}
+{{- fail "\nportal.auth.oidc.jwksUrl: needs portal.auth.oidc.issuer." -}}
+{{- end -}}
+{{- range $portal.env -}}
+{{- if hasPrefix "CXR_" .name -}}
+{{- fail (printf "\nportal.env: %s is one of the portal's own settings. Set it by its name under portal." .name) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end }}

