@@ -204,7 +204,7 @@ class ClassCard(_Document):
     threshold: Annotated[
         Probability, Field(description="From which probability it counts as present.")
     ]
-    training_images: Annotated[int, Field(ge=0)]
+    images: Annotated[int, Field(ge=0, description="For training, validation and test together.")]
     sensitivity: Figure | None = None
     specificity: Figure | None = None
     roc_auc: Figure | None = None
@@ -217,8 +217,8 @@ class ModelCard(_Document):
     limitations: tuple[str, ...]
     architecture: dict[str, str]
     synthetic: Annotated[bool, Field(description="Made from drawn phantoms only.")]
-    sources: dict[str, int]
-    training_images: int
+    sources: Annotated[dict[str, int], Field(description="Images by where they come from.")]
+    images: Annotated[int, Field(description="For training, validation and test together.")]
     test_images: int
     accuracy: Figure
     balanced_accuracy: Figure

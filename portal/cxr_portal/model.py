@@ -330,7 +330,7 @@ def _model(config: Mapping[str, Any]) -> Model:
             ClassCard(
                 label=label,
                 threshold=config["thresholds"][label],
-                training_images=data["labels"].get(label, 0),
+                images=data["labels"].get(label, 0),
                 sensitivity=_figure(figures.get("sensitivity")),
                 specificity=_figure(figures.get("specificity")),
                 roc_auc=_figure(figures.get("roc_auc")),
@@ -350,7 +350,7 @@ def _model(config: Mapping[str, Any]) -> Model:
             architecture=dict(config["architecture"]),
             synthetic=data["synthetic"],
             sources={source["name"]: source["images"] for source in data["sources"]},
-            training_images=data["images"],
+            images=data["images"],
             test_images=metrics["images"],
             accuracy=Figure(**metrics["accuracy"]),
             balanced_accuracy=Figure(**metrics["balanced_accuracy"]),

@@ -159,6 +159,7 @@ export function App() {
   function show(next: View) {
     setView(next);
     main.current?.focus();
+    window.scrollTo(0, 0);
   }
 
   const answers = items.filter((item) => item.result);

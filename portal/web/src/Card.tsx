@@ -100,7 +100,7 @@ function Bars({ result }: { result: Answered }) {
               <th scope="row">{label}</th>
               <td className="measure">
                 <span className="bar" aria-hidden="true">
-                  <span style={{ width: percent(probability).replace(" ", "") }} />
+                  <span style={{ width: `${100 * probability}%` }} />
                 </span>
                 {percent(probability)}
               </td>

@@ -47,7 +47,7 @@ export function ModelCard({ model }: { model: Model }) {
               <th scope="col">Specificity</th>
               <th scope="col">ROC AUC</th>
               <th scope="col">Threshold</th>
-              <th scope="col">Training images</th>
+              <th scope="col">Images</th>
             </tr>
           </thead>
           <tbody>
@@ -58,7 +58,7 @@ export function ModelCard({ model }: { model: Model }) {
                 <td>{figure(one.specificity)}</td>
                 <td>{figure(one.roc_auc)}</td>
                 <td>{percent(one.threshold)}</td>
-                <td>{one.training_images}</td>
+                <td>{one.images}</td>
               </tr>
             ))}
           </tbody>
@@ -66,7 +66,7 @@ export function ModelCard({ model }: { model: Model }) {
       </div>
       <h3>What it was made from</h3>
       <p>
-        {card.training_images} images:{" "}
+        {card.images} images, those for the test included:{" "}
         {Object.entries(card.sources)
           .map(([name, count]) => `${name} (${count})`)
           .join(", ")}

@@ -12,7 +12,12 @@ export interface Summary {
 
 const NO_FINDING = "No finding";
 
-export const percent = (value: number): string => `${(100 * value).toFixed(1)} %`;
+/** A probability; one that is nearly 0 or 1 is not said to be that. */
+export function percent(value: number): string {
+  if (value > 0 && value < 0.001) return "< 0.1 %";
+  if (value < 1 && value > 0.999) return "> 99.9 %";
+  return `${(100 * value).toFixed(1)} %`;
+}
 
 export const decisionWords: Record<string, string> = {
   positive: "above its threshold",
