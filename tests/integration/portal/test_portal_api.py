@@ -298,9 +298,10 @@ class TestModelAway:
             assert int(problem.headers["retry-after"]) >= 1
             for _ in range(5):
                 ask(http, GOOD)
-            start = time.monotonic()
+            calls = re.findall(r"^cxr_portal_model_calls_total.*", running.metrics, re.M)
             assert ask(http, GOOD).status_code == 503
-            assert time.monotonic() - start < 0.1, "left alone, it is not waited for"
+            again = re.findall(r"^cxr_portal_model_calls_total.*", running.metrics, re.M)
+            assert calls == again, "it is left alone"
             assert "cxr_portal_breaker_open 1.0" in running.metrics
             options = ("--runtime=inprocess", "--workers=1", f"--grpc-port={port}")
             with serving(
@@ -313,7 +314,7 @@ class TestModelAway:
             assert "cxr_portal_breaker_open 0.0" in running.metrics
 
     def test_slower_than_the_deadline(self, model: Server) -> None:
-        with portal(f"--server={model.grpc}", "--timeout=1") as running, running.http() as http:
+        with portal(f"--server={model.grpc}", "--timeout=3") as running, running.http() as http:
             assert ask(http, GOOD).status_code == 200
             for worker in model.workers():
                 worker.suspend()
