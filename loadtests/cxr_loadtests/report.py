@@ -191,7 +191,9 @@ def _curve(result: Result) -> str:
             f"knee: {at.users} clients, {at.throughput:.1f}/s",
             (at.users, at.throughput),
             textcoords="offset points",
-            xytext=(6, -16),
+            # Towards the middle, where there is room.
+            ha="left" if at.users <= max(users) / 2 else "right",
+            xytext=(6 if at.users <= max(users) / 2 else -6, -16),
             fontsize=9,
         )
     other = axis.twinx()

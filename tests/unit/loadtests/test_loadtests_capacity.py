@@ -10,8 +10,9 @@ import yaml
 from click.testing import CliRunner
 
 from cxr.cli import main
-from cxr_loadtests.capacity import measured_service, read_case, replicas_for
+from cxr_loadtests.capacity import Case, measured_service, read_case, replicas_for
 from cxr_loadtests.errors import LoadTestError
+from cxr_loadtests.results import Result
 from cxr_loadtests.simulation import (
     Rate,
     Scaling,
@@ -21,6 +22,8 @@ from cxr_loadtests.simulation import (
     simulate,
 )
 from support.loadtests import make_result, make_steps
+
+MEASURED = Path(__file__).with_name("measured_case.json")
 
 
 def service(*, mean: float = 0.1, sigma: float = 0.0, parallel: int = 1) -> Service:
@@ -151,6 +154,17 @@ def test_a_day_of_a_thousand_replicas() -> None:
     )
     assert max(hour.ready) == 1000
     assert np.sum(hour.rates) > 5e7
+
+
+def test_the_replicas_of_the_measured_case_are_predicted_within_15_per_cent() -> None:
+    """Figures of a cluster; docs/reliability.md says what they are, and how far off p95 is."""
+    recorded = json.loads(MEASURED.read_text(encoding="utf-8"))
+    one = measured_service(Result.model_validate_json(json.dumps(recorded["steps"])), 1)
+    case = Case.model_validate(recorded["case"])
+    for exact in (True, False):
+        outcome = simulate(case.rate(), one, case.scaling, case.seconds, exact=exact)
+        assert outcome.mean_ready == pytest.approx(recorded["measured"]["replicas"], rel=0.15)
+        assert max(outcome.ready) == recorded["measured"]["most"]
 
 
 class TestCommand:
