@@ -326,15 +326,22 @@ def test_network_policy_lets_only_the_gateway_and_prometheus_in(portal: Portal) 
     image = setting("CXR_E2E_PORTAL_IMAGE", "image of the portal")
     printed = intrude(script, image)
     assert printed.count("closed") == 2, printed
+    # The policy may need a moment to learn of a new pod.
     read = (
-        "import urllib.request\n"
-        f"url = 'http://{address}:{METRICS_PORT}/metrics'\n"
-        "print(urllib.request.urlopen(url, timeout=5).read().decode())\n"
+        "import time, urllib.request\n"
+        "for _ in range(20):\n"
+        "    try:\n"
+        f"        url = 'http://{address}:{METRICS_PORT}/metrics'\n"
+        "        print(urllib.request.urlopen(url, timeout=2).read().decode())\n"
+        "        break\n"
+        "    except OSError as error:\n"
+        "        print(error)\n"
+        "        time.sleep(0.5)\n"
     )
     host = urlsplit(setting("CXR_E2E_PROMETHEUS", "URL of Prometheus, in the cluster")).hostname
-    printed = intrude(script + read, image, str(host).split(".")[1])
-    assert [line.split()[-1] for line in printed.splitlines()[:2]] == ["closed", "open"], printed
+    printed = intrude(read + script, image, str(host).split(".")[1])
     assert 'cxr_portal_images_total{outcome="answered",way="job"}' in printed
+    assert [line.split()[-1] for line in printed.splitlines()[-2:]] == ["closed", "open"], printed
 
 
 def test_network_policy_lets_only_the_model_out(portal: Portal) -> None:
