@@ -114,6 +114,7 @@ class Service:
         self._workers = 0
         self._restarts = 0
         self._failed = False
+        self._lost = False
         self._images_held = 0
         self._bytes_held = 0
         self._startup = startup
@@ -175,7 +176,8 @@ class Service:
         self._check_explanation(options.explain)
         if self.settings.quality_policy == QualityPolicy.OFF:
             options = replace(options, quality=False)
-        if not self._able:
+        # While workers restart, which takes a second or two, requests wait for them in the runtime.
+        if not self._warm or self._lost or self._failed:
             raise unavailable("The model is not ready; try again later.")
         if self._images_held + len(images) > self.settings.max_queue:
             raise busy()
@@ -274,6 +276,7 @@ class Service:
                 return failure
             answer = await self._runtime.ready_workers()
             workers = answer or 0
+            self._lost = answer is None
             self._count_restarts()
             now = loop.time()
             if answer is not None:
