@@ -27,7 +27,6 @@ from subjects import Running, Subject, ours, running
 
 _BEGIN = "<!-- measured: written by make bench-overhead -->"
 _BARE = "nothing"
-_HEADERS = {"Content-Type": "application/octet-stream"}
 _RESAMPLES = 2000
 _PROBABILITIES = (0.025, 0.5, 0.975)
 
@@ -61,14 +60,15 @@ def main() -> None:
     images = encoded_images(arguments.run, arguments.images)
     order = random.Random(0)  # noqa: S311 - of a benchmark
     with collecting() as collector, ExitStack() as stack:
+        chosen = subjects(collector, arguments.runtime)
         servers = {
             name: stack.enter_context(running(subject, setting, images[0]))
-            for name, subject in subjects(collector, arguments.runtime).items()
+            for name, subject in chosen.items()
         }
         spells: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
         requests = {
-            name: [Request(server.url, image, _HEADERS) for image in images]
-            for name, server in servers.items()
+            name: [Request(servers[name].url, *subject.encode(image)) for image in images]
+            for name, subject in chosen.items()
         }
         for number in range(-1, arguments.rounds):
             names = list(servers)

@@ -125,11 +125,8 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request sent now can be expected to succeed."""
-        return self._able and not self.draining
-
-    @property
-    def _able(self) -> bool:
-        return self._warm and self._workers > 0 and not self._failed
+        able = self._warm and self._workers > 0 and not self._failed
+        return able and not self.draining
 
     async def start(self) -> None:
         """Start the runtime; it is not ready yet."""
