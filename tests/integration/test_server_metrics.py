@@ -119,9 +119,8 @@ def test_state(server: Server, bundle: Path, scrape: Callable[[], Samples]) -> N
     assert samples[key("cxr_images_queued")] == 0
     phases = ("process", "verify", "runtime", "load", "warm_up")
     started = [samples[key("cxr_startup_phase_seconds", phase=phase)] for phase in phases]
-    # The steps leave no gap: Java and the workers take most of the time.
     assert all(seconds > 0 for seconds in started)
-    assert 1 < sum(started) < START_TIMEOUT
+    assert sum(started) < START_TIMEOUT
     # It runs once in each runtime.
     (served,) = [dict(labels) for name, labels in samples if name == "cxr_model_info"]
     assert served.pop("runtime") in set(RuntimeName)
