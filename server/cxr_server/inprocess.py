@@ -32,6 +32,7 @@ from cxr_server.settings import Settings, available_cores
 from cxr_server.workers import (
     ended_while_loading,
     failed_twice,
+    killed_again,
     no_worker,
     not_ready,
     parse_answer,
@@ -46,6 +47,13 @@ MODEL_CONFIG = "model-config.yaml"
 _PATIENCE = 3.0
 # Seconds between two attempts of one worker to load the model.
 _RESTART_DELAY = 0.2
+# Seconds in which a worker whose connection has closed is expected to have ended.
+_END_TIMEOUT = 5.0
+# How others end a process, the kernel that runs out of memory included. A crash ends it otherwise.
+_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+# Workers that may be killed over one image. Whoever kills all workers at once can meet it twice: in
+# its own worker, and in the next that took it. The third is one that was started after that.
+_KILLS = 3
 _LINES_KEPT = 40
 
 
@@ -71,6 +79,8 @@ class _Job:
         answer: done once nobody waits any more, too.
         failed: it has failed a worker by itself before.
         alone: it goes into no batch, since one that it was in has failed.
+        kills: how many workers were killed that had it.
+        after: only a worker with a larger number may have it.
     """
 
     image: bytes
@@ -78,16 +88,27 @@ class _Job:
     answer: "asyncio.Future[Answer]"
     failed: bool = False
     alone: bool = False
+    kills: int = 0
+    after: int = -1
 
 
 class _WorkerError(Exception):
-    """A worker ended, or did not answer in time."""
+    """A worker ended, or did not answer in time.
+
+    Attributes:
+        killed: somebody else has ended it.
+    """
+
+    def __init__(self, *, killed: bool = False) -> None:
+        super().__init__()
+        self.killed = killed
 
 
 @dataclass(kw_only=True)
 class _Worker:
-    """One process and the connection to it."""
+    """One process and the connection to it; they are numbered as they are started."""
 
+    number: int
     process: asyncio.subprocess.Process
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -106,7 +127,7 @@ class _Worker:
             head = json.loads(await self.reader.readexactly(*worker.LENGTH.unpack(prefix)))
             return head, [await self.reader.readexactly(size) for size in head["sizes"]]
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise _WorkerError("it ended") from error
+            raise _WorkerError(killed=await self._was_killed()) from error
 
     async def ask(self, jobs: Sequence[_Job]) -> tuple[dict[str, Any], list[bytes]]:
         """Send a batch, and wait for the answers.
@@ -122,6 +143,13 @@ class _Worker:
         images = (job.image for job in jobs)
         self.writer.writelines((worker.LENGTH.pack(len(data)) + data, *images))
         return await self.receive()
+
+    async def _was_killed(self) -> bool:
+        """Whether somebody else has ended it; the connection is closed already."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_TIMEOUT):
+                return await self.process.wait() in _FROM_OUTSIDE
+        return False
 
     async def end(self) -> None:
         """Kill it and what it has started."""
@@ -151,6 +179,9 @@ class InProcess:
         # Ordered by arrival, so that an image whose worker has died is not sent to the end.
         self._waiting: asyncio.PriorityQueue[tuple[int, _Job]] = asyncio.PriorityQueue()
         self._arrivals = itertools.count()
+        # Images that wait for a worker that is yet to be started.
+        self._confined: list[tuple[int, _Job]] = []
+        self._numbers = itertools.count()
         self._supervisors: list[asyncio.Task[None]] = []
         self.restarts = 0
         self._ready = 0
@@ -210,7 +241,7 @@ class InProcess:
 
         Raises:
             RequestError: no worker was there (503), none answered in time (504), or two failed on
-                this image (500).
+                this image, or three were killed (500).
         """
         if not self._ready and self._giving_up is None:
             raise not_ready()
@@ -239,6 +270,7 @@ class InProcess:
                 await process.end()
 
     async def _spawn(self, cores: Sequence[int]) -> _Worker:
+        number = next(self._numbers)
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -260,7 +292,7 @@ class InProcess:
             )
         reader, writer = await asyncio.open_connection(sock=ours)
         output = asyncio.create_task(self._forward_output(process))
-        return _Worker(process=process, reader=reader, writer=writer, output=output)
+        return _Worker(number=number, process=process, reader=reader, writer=writer, output=output)
 
     async def _load(self, process: _Worker) -> bool:
         """Whether the worker has loaded the model."""
@@ -311,14 +343,17 @@ class InProcess:
         """
         while True:
             process.busy = False
-            first = await self._next()
+            first = self._next_confined(process) or await self._next()
             process.busy = True
             jobs = await self._batch(first, process.batching)
             try:
                 async with asyncio.timeout(self._settings.request_timeout):
                     head, texts = await process.ask([job for _, job in jobs])
             except (_WorkerError, TimeoutError) as error:
-                self._failed(jobs, alone=len(jobs) == 1)
+                if isinstance(error, _WorkerError) and error.killed:
+                    self._struck(jobs)
+                else:
+                    self._failed(jobs, alone=len(jobs) == 1)
                 raise _WorkerError from error
             except asyncio.CancelledError:
                 _turn_away(job for _, job in jobs)
@@ -338,6 +373,14 @@ class InProcess:
             item = await self._waiting.get()
             if not item[1].answer.done():
                 return item
+
+    def _next_confined(self, process: _Worker) -> tuple[int, _Job] | None:
+        """An image that waits for this worker or a later one."""
+        for item in [one for one in self._confined if one[1].after < process.number]:
+            self._confined.remove(item)
+            if not item[1].answer.done():
+                return item
+        return None
 
     async def _batch(self, first: tuple[int, _Job], batching: Batching) -> list[tuple[int, _Job]]:
         """That image and, where the worker takes several, those that come soon after it."""
@@ -366,12 +409,34 @@ class InProcess:
             job.alone = True
             self._waiting.put_nowait(item)
 
+    def _struck(self, jobs: Sequence[tuple[int, _Job]]) -> None:
+        """Give images whose worker was killed to another one.
+
+        Most often they have nothing to do with it; but the kernel may have killed it for the memory
+        that one of them takes.
+        """
+        for item in jobs:
+            job = item[1]
+            if job.answer.done():
+                continue
+            job.kills += 1
+            job.alone = True
+            if job.kills >= _KILLS:
+                job.answer.set_exception(killed_again())
+            elif job.kills == _KILLS - 1:
+                job.after = next(self._numbers)
+                self._confined.append(item)
+            else:
+                self._waiting.put_nowait(item)
+
     def _give_up(self) -> None:
         """Turn all away that wait: there is nobody to answer them."""
         if self._giving_up is not None:
             self._giving_up.cancel()
             self._giving_up = None
         _turn_away(self._waiting.get_nowait()[1] for _ in range(self._waiting.qsize()))
+        _turn_away(job for _, job in self._confined)
+        self._confined.clear()
 
     def _batching(self, *, gpu: bool) -> Batching:
         """The archive's batching, which is another one on a GPU."""

@@ -40,6 +40,13 @@ def failed_twice() -> RequestError:
     return RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, "The model failed twice on this image.")
 
 
+def killed_again() -> RequestError:
+    """500: nor is one whose workers are killed again and again."""
+    return RequestError(
+        HTTPStatus.INTERNAL_SERVER_ERROR, "Three workers were killed while they had this image."
+    )
+
+
 def no_worker() -> RequestError:
     """503: no worker was there to answer."""
     return unavailable("No worker could answer; try again later.")

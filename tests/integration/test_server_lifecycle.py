@@ -387,6 +387,56 @@ class TestHandlerThatFails:
         trapped.wait_for("recovery", answered, 60)
 
 
+def with_kills(files: Files) -> None:
+    """Workers that are killed while they have an image: two, or every one."""
+    before_each_batch(
+        files,
+        """import os, signal
+from pathlib import Path
+if b"deadly" in bodies:
+    os.kill(os.getpid(), signal.SIGKILL)
+mark = Path(f"killed-{len(list(Path().glob('killed-*')))}")
+if b"unlucky" in bodies[0] and mark.name != "killed-2":
+    mark.touch()
+    os.kill(os.getpid(), signal.SIGKILL)""",
+    )
+
+
+@pytest.fixture(scope="class")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Three workers: two are killed at once, at most, so that one is always there."""
+    path = edited_archive(tmp_path_factory.mktemp("kills"), with_kills)
+    with serving(path, "--runtime=inprocess", "--workers=3") as running:
+        yield running
+
+
+class TestWorkerKilledWithAnImage:
+    """By whom, nobody can tell: by an operator, or by the kernel for the memory that it takes."""
+
+    def restarts(self, server: Server, count: int) -> None:
+        server.wait_for(
+            "restarts in the metrics",
+            lambda: f"cxr_worker_restarts_total {count}.0" in httpx.get(server.metrics).text,
+            60,
+        )
+
+    def test_twice_for_no_fault_of_the_image(self, killed: Server) -> None:
+        """Two workers are killed, and it is answered by the next one that starts."""
+        # What follows the end of a PNG file changes nothing.
+        answer = httpx.post(killed.rest + V1, content=IMAGE + b"unlucky", headers=PNG, timeout=60)
+        assert answer.status_code == 200
+        self.restarts(killed, 2)
+
+    def test_always(self, killed: Server) -> None:
+        """Three are killed over it, and no fourth."""
+        answer = httpx.post(killed.rest + V1, content=b"deadly", headers=PNG, timeout=60)
+        assert answer.status_code == 500
+        assert answer.json() == {"error": "Three workers were killed while they had this image."}
+        self.restarts(killed, 5)
+        answer = httpx.post(killed.rest + V1, content=IMAGE, headers=PNG, timeout=60)
+        assert answer.status_code == 200
+
+
 class TestTorchServeLost:
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
     def test_ends_with_the_reason(self, archive: Path, number: signal.Signals) -> None:
