@@ -248,7 +248,7 @@ class Models(_Document):
 class Health(_Document):
     """Whether this gateway can be used."""
 
-    status: Literal["live", "ready", "unavailable"]
+    status: Literal["live", "ready", "unavailable", "draining"]
 
 
 class Problem(BaseModel):

@@ -137,10 +137,18 @@ async def live() -> Health:
 @router.get(
     "/health/ready",
     tags=["health"],
-    responses={503: {"model": Health, "description": "The database does not answer."}},
+    responses={
+        503: {
+            "model": Health,
+            "description": "The database does not answer, or the gateway is about to end.",
+        }
+    },
 )
 async def ready(gateway: Parts, response: Response) -> Health:
     """Whether the gateway can take requests. A model that is away is told by `/v1/models`."""
+    if gateway.end.draining:
+        response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+        return Health(status="draining")
     try:
         await in_database(gateway.store.ping)
     except ProblemError:
@@ -404,7 +412,7 @@ async def _events(
     """The events of a job, until it has finished, or the client or the gateway leaves."""
     loop = asyncio.get_running_loop()
     last, spoken = "", loop.time()
-    while not gateway.closing.is_set() and not await request.is_disconnected():
+    while not gateway.end.closing and not await request.is_disconnected():
         try:
             job = await _job(gateway, principal, job_id)
         except ProblemError:

@@ -18,7 +18,7 @@ from cxr.context import REQUEST_ID, TRACEPARENT
 from cxr_client.schemas import Problem
 from cxr_portal import api
 from cxr_portal.auth import Authenticator
-from cxr_portal.gateway import Gateway
+from cxr_portal.gateway import End, Gateway
 from cxr_portal.jobs import JobRunner
 from cxr_portal.limits import RateLimits
 from cxr_portal.metrics import Metrics
@@ -71,7 +71,7 @@ def create_app(
             authenticator=Authenticator(settings, store, metrics),
             rates=RateLimits(settings, metrics),
             metrics=metrics,
-            closing=app.state.closing,
+            end=app.state.end,
         )
         jobs.start()
         try:
@@ -111,7 +111,7 @@ def create_app(
         },
         separate_input_output_schemas=False,
     )
-    app.state.closing = asyncio.Event()
+    app.state.end = End()
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.include_router(api.router)
     if PAGE.is_dir():

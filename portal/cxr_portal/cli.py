@@ -111,7 +111,13 @@ def portal() -> None:
     "--timeout",
     default=_DEFAULTS.timeout,
     type=click.FloatRange(0, min_open=True),
-    help="Seconds for one image.",
+    help="Seconds for one image; requests in flight have as long at the end.",
+)
+@click.option(
+    "--drain-delay",
+    default=_DEFAULTS.drain_delay,
+    type=click.FloatRange(0),
+    help="Seconds after SIGTERM in which new requests are still taken.",
 )
 @click.option(
     "--max-image-bytes",

@@ -35,11 +35,24 @@ _T = TypeVar("_T")
 
 
 @dataclass(kw_only=True)
+class End:
+    """How far the gateway's end has come.
+
+    Attributes:
+        draining: it is not ready any more, but still takes requests.
+        closing: it takes none, and event streams are to end.
+    """
+
+    draining: bool = False
+    closing: bool = False
+
+
+@dataclass(kw_only=True)
 class Gateway:
     """Everything that a request may need.
 
     Attributes:
-        closing: set once the gateway is to end, so that streams end, too.
+        end: how far the gateway's end has come.
         in_flight: images of requests for predictions that the model is asked about now.
     """
 
@@ -50,7 +63,7 @@ class Gateway:
     authenticator: Authenticator
     rates: RateLimits
     metrics: Metrics
-    closing: asyncio.Event
+    end: End
     in_flight: int = 0
 
     async def predictions(

@@ -1,5 +1,6 @@
 """The gateway's process: starts everything, a model server too where one is wanted, and ends it."""
 
+import asyncio
 import contextlib
 import ctypes
 import json
@@ -19,6 +20,7 @@ import prometheus_client
 import uvicorn
 
 from cxr_portal.app import create_app
+from cxr_portal.gateway import End
 from cxr_portal.metrics import Metrics
 from cxr_portal.settings import Settings
 from cxr_portal.store import DatabaseError, open_store
@@ -28,8 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Seconds that requests in flight have at the end, and the model server.
-_GRACE = 10
+# Seconds that the model server has at the end.
 _SERVER_GRACE = 45.0
 # Longer than the idle timeout of common proxies, so that they close first.
 _KEEP_ALIVE = 75
@@ -87,7 +88,7 @@ def run(settings: Settings, archive: Path | None, on_ready: Callable[[Endpoints]
                     access_log=False,
                     server_header=False,
                     timeout_keep_alive=_KEEP_ALIVE,
-                    timeout_graceful_shutdown=_GRACE,
+                    timeout_graceful_shutdown=settings.grace,
                 ),
                 on_started=lambda: on_ready(
                     Endpoints(
@@ -95,7 +96,8 @@ def run(settings: Settings, archive: Path | None, on_ready: Callable[[Endpoints]
                         metrics=f"http://{_address(settings.host, metrics_port)}/metrics",
                     )
                 ),
-                closing=app.state.closing.set,
+                end=app.state.end,
+                drain_delay=settings.drain_delay,
             )
             if server is not None:
                 server.on_end(gateway.stop)
@@ -109,14 +111,20 @@ def run(settings: Settings, archive: Path | None, on_ready: Callable[[Endpoints]
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that says when it has started, and tells streams when it ends."""
+    """Uvicorn that says when it has started, and ends in steps."""
 
     def __init__(
-        self, config: uvicorn.Config, *, on_started: Callable[[], None], closing: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        *,
+        on_started: Callable[[], None],
+        end: End,
+        drain_delay: float,
     ) -> None:
         super().__init__(config)
         self._on_started = on_started
-        self._closing = closing
+        self._end = end
+        self._drain_delay = drain_delay
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -136,8 +144,11 @@ class _Server(uvicorn.Server):
             self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End streams first: they would hold the end up."""
-        self._closing()
+        """Be ready no more, then end streams, which would hold it up, and wait for requests."""
+        self._end.draining = True
+        log.info("not ready any more; draining")
+        await asyncio.sleep(self._drain_delay)
+        self._end.closing = True
         await super().shutdown(sockets)
 
     def stop(self) -> None:

@@ -1,5 +1,6 @@
 """What the gateway can be told; the one place of its defaults."""
 
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -11,6 +12,8 @@ PORT = 8090
 METRICS_PORT = 8092
 # Where `cxr serve` listens by default.
 MODEL_SERVER = "127.0.0.1:8081"
+# Seconds that a request has beside those for its images.
+_ANSWER_SECONDS = 5
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -41,6 +44,8 @@ class Settings:
         server_ca: PEM file of who signs its certificate; the system's without it.
         model: the model's name.
         timeout: seconds for one image.
+        drain_delay: seconds after SIGTERM in which new requests are still taken, so that load
+            balancers can see that the gateway is no longer ready.
         database: SQLAlchemy's URL.
         auth: whether callers must say who they are.
         oidc_issuer: whose tokens are taken beside API keys; empty for none.
@@ -68,6 +73,7 @@ class Settings:
     server_ca: Path | None = None
     model: str = "cxr"
     timeout: float = 30.0
+    drain_delay: float = 1.0
     database: str = "sqlite:///cxr-portal.db"
     auth: AuthPolicy = AuthPolicy.REQUIRED
     oidc_issuer: str = ""
@@ -85,6 +91,11 @@ class Settings:
     job_workers: int = 4
     retention: timedelta = timedelta(hours=24)
     tracing: bool = False
+
+    @property
+    def grace(self) -> int:
+        """Seconds for requests in flight at the end: the longest one, and the way of its answer."""
+        return math.ceil(self.timeout) + _ANSWER_SECONDS
 
     @property
     def max_request_bytes(self) -> int:

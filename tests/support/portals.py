@@ -55,8 +55,8 @@ class Portal:
         return httpx.get(self._announced["metrics"]).text
 
     def start(self, *, port: int = 0) -> None:
-        command = [CXR, "portal", *self.options, "--json", f"--port={port}", "--metrics-port=0"]
-        command += [f"--database={self.database}"]
+        command = [CXR, "portal", "--drain-delay=0", *self.options, "--json"]
+        command += [f"--port={port}", "--metrics-port=0", f"--database={self.database}"]
         with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("ab") as err:
             self.process = subprocess.Popen(command, stdout=out, stderr=err)
         deadline = time.monotonic() + START_TIMEOUT

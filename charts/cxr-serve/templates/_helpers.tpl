@@ -62,7 +62,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- $image.repository }}{{ if $digest }}@{{ $digest }}{{ else }}:{{ $tag }}{{ end }}
 {{- end }}
 
-{{/* Seconds from SIGTERM to SIGKILL: new requests are taken, the longest one ends, TorchServe stops. */}}
+{{/* Seconds from SIGTERM to SIGKILL: new requests are taken, the longest one ends, the rest stops. */}}
 {{- define "cxr.terminationSeconds" -}}
 {{- add (ceil .Values.server.drainDelay) (ceil .Values.server.requestTimeout) 15 -}}
 {{- end }}

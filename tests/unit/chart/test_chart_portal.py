@@ -89,6 +89,7 @@ def test_every_setting_reaches_the_portal_by_a_name_that_it_knows(chart: Chart) 
         "CXR_PORTAL_SERVER": f"dns:///chest-service-portal-model.imaging:{GRPC_PORT}",
         "CXR_PORTAL_MODEL": "chest",
         "CXR_PORTAL_TIMEOUT": "20.5",
+        "CXR_PORTAL_DRAIN_DELAY": "7",
         "CXR_PORTAL_MAX_IMAGE_BYTES": "50000000",  # not 5e+07
         "CXR_PORTAL_ALLOWED_HOSTS": "portal.example.org chest-service-portal "
         "chest-service-portal.imaging chest-service-portal.imaging.svc localhost 127.0.0.1 "
@@ -163,13 +164,17 @@ def test_probes_ask_the_health_endpoints_by_a_name_that_is_allowed(chart: Chart)
         assert host["value"] in environment(objects)["CXR_PORTAL_ALLOWED_HOSTS"].split()
 
 
-@pytest.mark.parametrize(("drain", "sleep"), [("10", 10), ("2.5", 3), ("0", None)])
-def test_it_takes_requests_until_gateways_know(chart: Chart, drain: str, sleep: int | None) -> None:
-    objects = chart.objects(*ON, "--set-json", f"server.drainDelay={drain}")
-    hook = container(objects).get("lifecycle")
-    assert (hook and hook["preStop"]["sleep"]["seconds"]) == sleep
-    # Ten seconds for requests, five for traces, and some for jobs.
-    assert pod(objects)["terminationGracePeriodSeconds"] >= float(drain) + 25
+@pytest.mark.parametrize(("drain", "request_"), [(10, 60), (2.5, 0.5), (0, 600)])
+def test_it_may_end_in_order(chart: Chart, drain: float, request_: float) -> None:
+    objects = chart.objects(
+        *ON, "--set-json", f"server.drainDelay={drain},server.requestTimeout={request_}"
+    )
+    given = environment(objects)
+    assert float(given["CXR_PORTAL_DRAIN_DELAY"]) == drain
+    settings = Settings(timeout=float(given["CXR_PORTAL_TIMEOUT"]))
+    assert settings.grace > request_
+    # Five seconds for traces, and some for jobs.
+    assert pod(objects)["terminationGracePeriodSeconds"] >= drain + settings.grace + 8
 
 
 @pytest.mark.parametrize("arguments", [ON, EXAMPLE])

@@ -59,6 +59,7 @@ app.kubernetes.io/component: portal
 - {name: CXR_PORTAL_MODEL, value: {{ $portal.model | quote }}}
 # As long as the server may take.
 - {name: CXR_PORTAL_TIMEOUT, value: {{ .Values.server.requestTimeout | quote }}}
+- {name: CXR_PORTAL_DRAIN_DELAY, value: {{ .Values.server.drainDelay | quote }}}
 {{- with .Values.server.maxImageBytes }}
 - {name: CXR_PORTAL_MAX_IMAGE_BYTES, value: {{ int64 . | quote }}}
 {{- end }}
