@@ -271,6 +271,21 @@ def openapi() -> None:
     click.echo(json.dumps(create_app(Settings()).openapi(), indent=2))
 
 
+@portal.command()
+@_database
+def migrate(database: str) -> None:
+    """Bring the database's tables to this release.
+
+    `cxr portal run` and `cxr portal keys` do that, too, one at a time however many are started.
+    """
+    before, after = _opened(database).revisions
+    click.echo(
+        f"Revision {after}; nothing to do."
+        if before == after
+        else f"Revision {after}, from {before or 'an empty database'}."
+    )
+
+
 @portal.group()
 def keys() -> None:
     """API keys: who may call the gateway.

@@ -21,6 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import StaticPool
 
 from cxr_client.schemas import ImageResult, Job, JobState
+from cxr_portal import migrations
 from cxr_portal.settings import Scope
 
 KEY_PREFIX = "cxr_"
@@ -110,6 +111,9 @@ class _Idempotency(_Table):
     answer: Mapped[str | None] = mapped_column(sa.Text)
 
 
+METADATA = _Table.metadata
+
+
 @dataclass(frozen=True, kw_only=True)
 class ApiKey:
     """An API key without its secret.
@@ -170,16 +174,21 @@ class IdempotencyError(Exception):
 
 
 class Store:
-    """The database. Its methods block; call them in a thread."""
+    """The database. Its methods block; call them in a thread.
+
+    Attributes:
+        revisions: that of its tables when it was opened, None where there were none, and now.
+    """
 
     def __init__(self, url: str) -> None:
-        """Open it, and make the tables that are missing.
+        """Open it, and bring its tables to this release.
 
         Args:
             url: SQLAlchemy's; plain `postgresql://` means the driver that is installed.
 
         Raises:
             sqlalchemy.exc.SQLAlchemyError: it cannot be reached.
+            migrations.LaterSchemaError: it belongs to a later release.
         """
         parsed = make_url(url)
         if parsed.drivername == "postgresql":
@@ -195,12 +204,18 @@ class Store:
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
-        with self._engine.begin() as connection:
-            if not self._sqlite:
-                # Gateways that start together must not make the same table.
-                lock = sa.func.pg_advisory_xact_lock(_SETUP_LOCK)
-                connection.execute(sa.select(lock))
-            _Table.metadata.create_all(connection)
+        with self._engine.connect() as connection:
+            if self._sqlite:
+                # It changes a table by making a new one: rows that refer to the old one must stay.
+                connection.connection.cursor().execute("PRAGMA foreign_keys=OFF")
+            with connection.begin():
+                if not self._sqlite:
+                    # Gateways that start together must not take the same step; SQLite has one lock.
+                    lock = sa.func.pg_advisory_xact_lock(_SETUP_LOCK)
+                    connection.execute(sa.select(lock))
+                self.revisions = migrations.upgrade(connection)
+            if self._sqlite:
+                connection.connection.cursor().execute("PRAGMA foreign_keys=ON")
 
     def close(self) -> None:
         """Close all connections."""
@@ -607,6 +622,10 @@ def open_store(url: str) -> Store:
         raise DatabaseError(
             "The database's URL is not valid; it looks like sqlite:///portal.db or "
             "postgresql://user:password@host/name."
+        ) from None
+    except migrations.LaterSchemaError:
+        raise DatabaseError(
+            "A later release has used the database; use that one, or restore a backup."
         ) from None
     except SQLAlchemyError as error:
         raise DatabaseError(f"The database cannot be used: {type(error).__name__}.") from None

