@@ -5,6 +5,7 @@ whatever is missing was not asked for or not known.
 """
 
 import base64
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Options:
     explain: bool | str = False
     quality: bool = True
 
+    @functools.cache  # noqa: B019 - few different ones, and equal ones are one
     def to_json(self) -> str:
         """The options as ASCII on one line, fit for a header."""
         return json.dumps({"explain": self.explain, "quality": self.quality})
@@ -61,6 +63,10 @@ class Stage(StrEnum):
     INFERENCE = "inference"
     POSTPROCESS = "postprocess"
     EXPLAIN = "explain"
+
+
+# Going through an enumeration itself is slow.
+_STAGES = tuple(Stage)
 
 
 class Decision(StrEnum):
@@ -201,8 +207,16 @@ def answer_from_json(text: str | bytes) -> Answer:
     Raises:
         ValueError: it did not write that.
     """
+    return answer_from(json.loads(text))
+
+
+def answer_from(document: Any) -> Answer:
+    """The same of what any reader of JSON made of it.
+
+    Raises:
+        ValueError: it is no answer.
+    """
     try:
-        document = json.loads(text)
         if "reason" in document:
             return BadImageError(Rejection(document["reason"]), document["error"])
         decisions = document.get("decisions", {})
@@ -223,7 +237,7 @@ def answer_from_json(text: str | bytes) -> Answer:
 
 def _seconds(document: Mapping[str, Any]) -> dict[Stage, float]:
     """What is known of them: a later release may have more steps."""
-    return {stage: float(document[stage]) for stage in Stage if stage in document}
+    return {stage: float(document[stage]) for stage in _STAGES if stage in document}
 
 
 def _quality(document: Mapping[str, Any] | None) -> Quality | None:

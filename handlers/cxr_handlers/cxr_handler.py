@@ -5,6 +5,7 @@ there. One request is one encoded image in the body, and what else is wanted of 
 `X-CXR-Options`; the answer is one JSON object.
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ class CxrHandler:
                 limits=_limits(os.environ),
             )
             self.engine.warm_up()
+            logging.getLogger().addFilter(_worth_a_line)
         except BaseException as error:
             if path := os.environ.get(LOAD_ERROR_FILE_ENV):
                 Path(path).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
@@ -66,6 +68,11 @@ class CxrHandler:
             context.set_response_content_type(index, "application/json")
             texts.append(answer_to_json(answer))
         return texts
+
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """TorchServe's worker tells of each request; Java would read the line, and drop it."""
+    return not str(record.msg).startswith("Backend received inference")
 
 
 def _limits(environment: Mapping[str, str]) -> DecodeLimits:

@@ -8,7 +8,6 @@ own, and one batch at a time; what waits, waits here, where it can still be drop
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -18,11 +17,12 @@ import sys
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import orjson
 import yaml
 from prometheus_client import Metric
 
@@ -41,6 +41,8 @@ from cxr_server.workers import (
 )
 
 log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 MODEL_CONFIG = "model-config.yaml"
 # Seconds that images wait for a worker while there is none; one needs about one to restart.
@@ -104,45 +106,109 @@ class _WorkerError(Exception):
         self.killed = killed
 
 
+class _Connection(asyncio.Protocol):
+    """The connection to a worker, in messages as :mod:`cxr_server.worker` has them.
+
+    No stream: an answer, which mostly comes in one piece, would go through half a dozen calls.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._received = bytearray()
+        self._lost = False
+        self._message: asyncio.Future[_Message] = self._loop.create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a message."""
+        self._received += data
+        start = worker.LENGTH.size
+        if len(self._received) < start:
+            return
+        end = start + worker.LENGTH.unpack_from(self._received)[0]
+        if len(self._received) < end:
+            return
+        head = orjson.loads(self._received[start:end])
+        if len(self._received) < end + sum(head["sizes"]):
+            return
+        parts = []
+        for size in head["sizes"]:
+            parts.append(bytes(self._received[end : end + size]))
+            end += size
+        del self._received[:end]
+        if not self._message.done():
+            self._message.set_result((head, parts))
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - as asyncio has it
+        """The worker has ended, or nearly."""
+        self._lost = True
+        if not self._message.done():
+            self._message.set_exception(ConnectionResetError())
+
+    async def receive(self, timeout: float) -> "_Message":
+        """The next message.
+
+        Raises:
+            ConnectionResetError: the worker has closed the connection.
+            TimeoutError: it has sent none within this many seconds.
+        """
+        return await _within(self._message, timeout)
+
+    def send(self, head: Mapping[str, Any], parts: Sequence[bytes]) -> None:
+        """Send a message, whose answer will be the next one that is received."""
+        self._message = self._loop.create_future()
+        if self._lost:
+            self._message.set_exception(ConnectionResetError())
+            return
+        data = orjson.dumps(head)
+        self.transport.writelines((worker.LENGTH.pack(len(data)) + data, *parts))
+
+
+# A message's JSON object, and what is behind it.
+_Message = tuple[dict[str, Any], list[bytes]]
+
+
 @dataclass(kw_only=True)
 class _Worker:
     """One process and the connection to it; they are numbered as they are started."""
 
     number: int
     process: asyncio.subprocess.Process
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
+    connection: _Connection
     output: "asyncio.Task[None]"
     busy: bool = False
     batching: Batching = field(default_factory=Batching)
 
-    async def receive(self) -> tuple[dict[str, Any], list[bytes]]:
+    async def receive(self, timeout: float) -> _Message:
         """The next message.
 
         Raises:
-            _WorkerError: the process has ended.
+            _WorkerError: the process has ended, or sent none within this many seconds.
         """
         try:
-            prefix = await self.reader.readexactly(worker.LENGTH.size)
-            head = json.loads(await self.reader.readexactly(*worker.LENGTH.unpack(prefix)))
-            return head, [await self.reader.readexactly(size) for size in head["sizes"]]
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            return await self.connection.receive(timeout)
+        except ConnectionResetError as error:
             raise _WorkerError(killed=await self._was_killed()) from error
+        except TimeoutError as error:
+            raise _WorkerError from error
 
-    async def ask(self, jobs: Sequence[_Job]) -> tuple[dict[str, Any], list[bytes]]:
+    async def ask(self, jobs: Sequence[_Job], timeout: float) -> _Message:
         """Send a batch, and wait for the answers.
 
         Raises:
-            _WorkerError: the process has ended.
+            _WorkerError: the process has ended, or not answered within this many seconds.
         """
         head = {
             "headers": [{OPTIONS_HEADER: job.options.to_json()} for job in jobs],
             "sizes": [len(job.image) for job in jobs],
         }
-        data = json.dumps(head).encode()
-        images = (job.image for job in jobs)
-        self.writer.writelines((worker.LENGTH.pack(len(data)) + data, *images))
-        return await self.receive()
+        self.connection.send(head, [job.image for job in jobs])
+        return await self.receive(timeout)
 
     async def _was_killed(self) -> bool:
         """Whether somebody else has ended it; the connection is closed already."""
@@ -153,7 +219,7 @@ class _Worker:
 
     async def end(self) -> None:
         """Kill it and what it has started."""
-        self.writer.close()
+        self.connection.transport.abort()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         await self.process.wait()
@@ -249,8 +315,7 @@ class InProcess:
         job = _Job(image=image, options=options, answer=answer)
         self._waiting.put_nowait((next(self._arrivals), job))
         try:
-            async with asyncio.timeout(self._settings.request_timeout):
-                return await job.answer
+            return await _within(answer, self._settings.request_timeout)
         except TimeoutError as error:
             raise too_late(self._settings) from error
         finally:
@@ -290,16 +355,16 @@ class InProcess:
                 # a worker has started ends with it.
                 start_new_session=True,
             )
-        reader, writer = await asyncio.open_connection(sock=ours)
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(_Connection, sock=ours)
         output = asyncio.create_task(self._forward_output(process))
-        return _Worker(number=number, process=process, reader=reader, writer=writer, output=output)
+        return _Worker(number=number, process=process, connection=connection, output=output)
 
     async def _load(self, process: _Worker) -> bool:
         """Whether the worker has loaded the model."""
         try:
-            async with asyncio.timeout(self._settings.startup_timeout):
-                hello, _ = await process.receive()
-        except (_WorkerError, TimeoutError):
+            hello, _ = await process.receive(self._settings.startup_timeout)
+        except _WorkerError:
             self._failed_loads += 1
             self.restarts += 1
             return False
@@ -347,14 +412,15 @@ class InProcess:
             process.busy = True
             jobs = await self._batch(first, process.batching)
             try:
-                async with asyncio.timeout(self._settings.request_timeout):
-                    head, texts = await process.ask([job for _, job in jobs])
-            except (_WorkerError, TimeoutError) as error:
-                if isinstance(error, _WorkerError) and error.killed:
+                head, texts = await process.ask(
+                    [job for _, job in jobs], self._settings.request_timeout
+                )
+            except _WorkerError as error:
+                if error.killed:
                     self._struck(jobs)
                 else:
                     self._failed(jobs, alone=len(jobs) == 1)
-                raise _WorkerError from error
+                raise
             except asyncio.CancelledError:
                 _turn_away(job for _, job in jobs)
                 raise
@@ -385,6 +451,8 @@ class InProcess:
     async def _batch(self, first: tuple[int, _Job], batching: Batching) -> list[tuple[int, _Job]]:
         """That image and, where the worker takes several, those that come soon after it."""
         jobs = [first]
+        if batching.size == 1:
+            return jobs
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(batching.delay):
                 while len(jobs) < batching.size and not first[1].alone:
@@ -458,6 +526,24 @@ class InProcess:
             self._output.append(line)
             if self._settings.verbose:
                 log.info("worker: %s", line)
+
+
+async def _within(answer: "asyncio.Future[_Result]", seconds: float) -> _Result:
+    """What a future comes to; `asyncio.timeout`, which does the same for anything, costs more.
+
+    Raises:
+        TimeoutError: nothing within this time; the future is done with that.
+    """
+    timer = asyncio.get_running_loop().call_later(seconds, _expire, answer)
+    try:
+        return await answer
+    finally:
+        timer.cancel()
+
+
+def _expire(answer: "asyncio.Future[Any]") -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())
 
 
 def _turn_away(jobs: Iterable[_Job]) -> None:

@@ -1,10 +1,16 @@
 """Prometheus metrics of the serving process."""
 
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    Metric,
     ProcessCollector,
     disable_created_metrics,
 )
@@ -40,10 +46,16 @@ _CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 # Most scores are shares and probabilities; a distance is near 1, and a ratio may be more.
 _SCORES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
+# Answers that may wait to be counted.
+_UNCOUNTED = 256
 
 
 class Metrics:
     """The service's metrics, in a registry of their own.
+
+    What an answer adds to some forty series is put off until somebody asks, or many have come
+    together: between two images, with the model's work in the caches, each would cost several times
+    as much.
 
     Labels are bounded: protocols, methods, status codes, reasons and the model's classes, never a
     name from a request.
@@ -51,6 +63,9 @@ class Metrics:
 
     def __init__(self, config: ModelConfig, settings: Settings) -> None:
         self.registry = CollectorRegistry()
+        self._uncounted: deque[Callable[[], None]] = deque()
+        # The first one: the others are asked after it.
+        self.registry.register(self)
         ProcessCollector(registry=self.registry)
         self.registry.register(ContainerMemory())
         self.requests = Counter(
@@ -194,8 +209,53 @@ class Metrics:
         self.model.clear()
         self.model.labels(*self._model, provider).set(1)
 
+    def collect(self) -> Iterable[Metric]:
+        """Nothing more: what was put off is counted, for those who are asked next."""
+        self.count()
+        return ()
+
+    def count(self) -> None:
+        """Count what was put off; any thread may ask."""
+        while True:
+            try:
+                counting = self._uncounted.popleft()
+            except IndexError:
+                return
+            counting()
+
+    def _later(self, counting: Callable[[], None]) -> None:
+        self._uncounted.append(counting)
+        if len(self._uncounted) >= _UNCOUNTED:
+            self.count()
+
+    def request(self, protocol: str, method: str, code: str, seconds: float) -> None:
+        """Count a request that was answered, and how long that took."""
+        self._later(partial(self._request, protocol, method, code, seconds))
+
+    def arrived(self, size: int) -> None:
+        """Count the bytes of encoded images."""
+        self._later(partial(self.received.inc, size))
+
+    def image(self, outcome: str) -> None:
+        """Count an image by its outcome."""
+        self._later(partial(self._image, outcome))
+
     def compared(self, prediction: Prediction) -> None:
         """Count what an image is like, whether or not it is refused for it."""
+        self._later(partial(self._compared, _small(prediction)))
+
+    def predicted(self, prediction: Prediction, seconds: float) -> None:
+        """Count an answer by what it says, and how long its steps took of all the seconds."""
+        self._later(partial(self._predicted, _small(prediction), seconds))
+
+    def _image(self, outcome: str) -> None:
+        self.images.labels(outcome).inc()
+
+    def _request(self, protocol: str, method: str, code: str, seconds: float) -> None:
+        self.requests.labels(protocol, method, code).inc()
+        self.duration.labels(protocol, method).observe(seconds)
+
+    def _compared(self, prediction: Prediction) -> None:
         for name, value in summaries(prediction).items():
             if name in self._drift:
                 edges, counters = self._drift[name]
@@ -206,8 +266,7 @@ class Metrics:
             for reason in prediction.quality.reasons:
                 self.flagged.labels(reason.value).inc()
 
-    def predicted(self, prediction: Prediction, seconds: float) -> None:
-        """Count an answer by what it says, and how long its steps took of all the seconds."""
+    def _predicted(self, prediction: Prediction, seconds: float) -> None:
         for stage, part in prediction.seconds.items():
             self.stages.labels(stage).observe(part)
         if prediction.seconds:
@@ -216,3 +275,8 @@ class Metrics:
             self.batches.observe(prediction.batch)
         self.predictions.labels(prediction.label).inc()
         self.confidence.observe(prediction.probabilities[prediction.label])
+
+
+def _small(prediction: Prediction) -> Prediction:
+    """It without its heat map, which nothing here needs."""
+    return replace(prediction, explanation=None) if prediction.explanation else prediction

@@ -159,9 +159,8 @@ class InferenceServicer:
                 status = grpc.StatusCode.INTERNAL
                 message = "The service failed; try again later."
             finally:
-                metrics.requests.labels(_PROTOCOL, method, status.name).inc()
                 seconds = time.perf_counter() - start
-                metrics.duration.labels(_PROTOCOL, method).observe(seconds)
+                metrics.request(_PROTOCOL, method, status.name, seconds)
                 log_access(_PROTOCOL, method, status.name, seconds)
         if status is not grpc.StatusCode.OK:
             await context.abort(status, message, trailing)

@@ -1,11 +1,10 @@
 """The service behind every protocol: its model, whether it is ready, and its answers."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Protocol
 
@@ -84,6 +83,44 @@ class Runtime(Protocol):
         """
 
 
+@dataclass
+class Memory:
+    """What all requests together hold in memory.
+
+    Attributes:
+        limit: in bytes.
+        held: likewise.
+    """
+
+    limit: int
+    held: int = 0
+
+
+class Held:
+    """What one request holds of it, until the end of the context."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._size = 0
+
+    def __enter__(self) -> "Held":
+        return self
+
+    def add(self, size: int) -> None:
+        """Count further bytes.
+
+        Raises:
+            RequestError: all requests together would hold too much (503).
+        """
+        if self._memory.held + size > self._memory.limit:
+            raise busy()
+        self._size += size
+        self._memory.held += size
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.held -= self._size
+
+
 class Service:
     """One model, ready or not.
 
@@ -116,7 +153,7 @@ class Service:
         self._failed = False
         self._lost = False
         self._images_held = 0
-        self._bytes_held = 0
+        self._memory = Memory(_MAX_REQUESTS_HELD * settings.max_request_bytes)
         self._startup = startup
         self.metrics.registry.register(runtime)
         self.metrics.ready.set_function(lambda: self.ready)
@@ -178,38 +215,19 @@ class Service:
             raise unavailable("The model is not ready; try again later.")
         if self._images_held + len(images) > self.settings.max_queue:
             raise busy()
-        with self.holding() as hold:
+        with self.holding() as held:
             size = sum(len(image) for image in images if isinstance(image, bytes))
-            hold(size)
-            self.metrics.received.inc(size)
+            held.add(size)
+            self.metrics.arrived(size)
             self._images_held += len(images)
             try:
                 return await self._answers(images, options)
             finally:
                 self._images_held -= len(images)
 
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[Callable[[int], None]]:
-        """Count what a request holds in memory, until the end of the context.
-
-        Yields:
-            A function to call with each further number of bytes. It raises RequestError (503) where
-            all requests together would hold too much.
-        """
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            limit = _MAX_REQUESTS_HELD * self.settings.max_request_bytes
-            if self._bytes_held + size > limit:
-                raise busy()
-            held += size
-            self._bytes_held += size
-
-        try:
-            yield hold
-        finally:
-            self._bytes_held -= held
+    def holding(self) -> "Held":
+        """What a request holds in memory, counted until the end of this context."""
+        return Held(self._memory)
 
     def _check_explanation(self, explain: bool | str) -> None:
         if explain is False:
@@ -250,7 +268,7 @@ class Service:
             outcome = answer.reason.value
         else:
             self.metrics.predicted(answer, time.perf_counter() - start)
-        self.metrics.images.labels(outcome).inc()
+        self.metrics.image(outcome)
         return answer
 
     def _as_policy(self, answer: Answer) -> Answer:
@@ -275,6 +293,7 @@ class Service:
             workers = answer or 0
             self._lost = answer is None
             self._count_restarts()
+            self.metrics.count()
             now = loop.time()
             if answer is not None:
                 last_answer = now

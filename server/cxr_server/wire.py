@@ -1,9 +1,21 @@
-"""HTTP/1.1 for the REST endpoints: Uvicorn's, but an answer leaves in one piece."""
+"""HTTP/1.1 for the REST endpoints: Uvicorn's, but an answer leaves in one piece.
+
+And a request can learn at once that its client has left, without a task that waits for it.
+"""
 
 import asyncio
+from collections.abc import Callable, MutableMapping
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+# Where a request's scope has what to call when its client leaves.
+_LEAVING = "cxr.leaving"
+
+
+def on_leaving(scope: MutableMapping[str, Any], call: Callable[[], None] | None) -> None:
+    """Have something called when the client of this request leaves; None takes it back."""
+    scope[_LEAVING] = call
 
 
 class _Gathering:
@@ -46,3 +58,10 @@ class HttpProtocol(HttpToolsProtocol):
     ) -> None:
         """Begin with a new connection."""
         super().connection_made(cast("asyncio.Transport", _Gathering(transport, self.loop)))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has left, or the answer to its last request is sent."""
+        super().connection_lost(exc)
+        scope = cast("dict[str, Any]", self.cycle.scope if self.cycle else {})
+        if call := scope.get(_LEAVING):
+            call()

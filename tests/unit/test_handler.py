@@ -1,6 +1,7 @@
 """The TorchServe handler, with TorchServe's part played by a small stand-in."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,14 @@ def test_a_broken_bundle_fails_the_worker_and_says_why(
     with pytest.raises(ModelLoadError, match="damaged"):
         CxrHandler().initialize(context)
     assert note.read_text(encoding="utf-8").startswith("ModelLoadError: model.onnx is damaged")
+
+
+def test_a_request_is_no_line_of_the_log(
+    context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TorchServe's worker writes one for each; whatever else it writes stays."""
+    handle(context, {"body": encoded_image()})
+    with caplog.at_level(logging.INFO):
+        logging.info("Backend received inference at: %d", 1)
+        logging.info("Torch worker started.")
+    assert caplog.messages == ["Torch worker started."]
