@@ -368,6 +368,8 @@ def drive(
         stop_timeout=plan.profile.timeout_seconds,
     )
     state.take(plan)
+    # A worker that comes in place of a lost one does not make the run whole.
+    expected: set[str] = set()
     ended: set[str] = set()
 
     def end_of(environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG001 - Locust's names
@@ -377,7 +379,7 @@ def drive(
     if workers:
         runner: Any = environment.create_master_runner("*", port)
         runner.register_message("end", end_of)
-        _hand_out(runner, plan, workers)
+        expected = _hand_out(runner, plan, workers)
         environment.events.worker_report.add_listener(_merge)  # type: ignore[no-untyped-call]
     else:
         runner = environment.create_local_runner()
@@ -399,7 +401,7 @@ def drive(
     )
     runner.stop()
     end = time.monotonic() + plan.profile.timeout_seconds + _LAST_REPORT_SECONDS
-    while len(ended) < workers and time.monotonic() < end:
+    while not expected <= ended and time.monotonic() < end:
         gevent.sleep(0.1)
     runner.quit()
     if problems:
@@ -415,7 +417,7 @@ def drive(
         sent=recorder.started,
         generator=Generator(
             workers=max(1, workers),
-            lost=workers - len(ended),
+            lost=len(expected - ended),
             busy=busy,
             lag_p99=percentile(recorder.lags, 0.99),
             unfinished=recorder.started - recorder.finished,
@@ -463,8 +465,8 @@ def _merge(client_id: str, data: dict[str, Any]) -> None:  # noqa: ARG001
     state.recorder.merge(data["cxr"])
 
 
-def _hand_out(runner: Any, plan: Plan, workers: int) -> None:
-    """Give every worker the plan, and wait until all have it."""
+def _hand_out(runner: Any, plan: Plan, workers: int) -> set[str]:
+    """Give every worker the plan, and wait until all have it; which they are."""
     have: set[str] = set()
 
     def need(environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG001
@@ -482,6 +484,7 @@ def _hand_out(runner: Any, plan: Plan, workers: int) -> None:
                 f"Only {len(have)} of {workers} workers came within {_WORKERS_SECONDS:g} s."
             )
         gevent.sleep(0.2)
+    return set(have)
 
 
 def _bins(recorder: Recorder) -> list[BinRecord]:

@@ -99,6 +99,9 @@ def _measured(job: Job, say: Callable[[str], None]) -> Result:
     workers = max(1, job.workers)
     plan = Plan(target, profile, samples, reference.expectations, scenarios, workers)
     before = scrape(job.metrics) if job.metrics else Counts()
+    if job.prometheus is not None:
+        # The requests for the reference do not count.
+        job.prometheus.wait_for_scrape()
     started = time.time()
     driven = drive(plan, job.shape, workers=job.workers, port=job.port, say=say)
     result = Result(

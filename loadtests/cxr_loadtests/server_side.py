@@ -15,8 +15,8 @@ _REQUESTS = "cxr_requests_total"
 _METHODS = "predict|infer|explain"
 _TIMEOUT = 10.0
 _POINTS = 240
-# How long the last scrape of a run may take to come.
-_LAST_SCRAPE_SECONDS = 35.0
+# How long the next scrape may take to come.
+_SCRAPE_SECONDS = 35.0
 
 Counts = Counter[tuple[str, str]]
 
@@ -67,6 +67,24 @@ class Prometheus:
         self._url = url.rstrip("/")
         self._selector = selector
         self._pool = urllib3.PoolManager(retries=2, timeout=_TIMEOUT)
+
+    def wait_for_scrape(self) -> None:
+        """Wait until Prometheus has seen what every replica has counted until now.
+
+        Raises:
+            LoadTestError: it does not scrape the service.
+        """
+        since, deadline = time.time(), time.monotonic() + _SCRAPE_SECONDS
+        while True:
+            answer = self._ask("query", {"query": f"timestamp(cxr_ready{{{self._selector}}})"})
+            times = [float(item["value"][1]) for item in answer]
+            if times and min(times) > since:
+                return
+            if time.monotonic() > deadline:
+                raise LoadTestError(
+                    f"Prometheus has no new samples of the service; is {self._selector!r} right?"
+                )
+            time.sleep(1)
 
     def counts(self, start: float, end: float) -> Counts:
         """What all replicas have counted between two times, by protocol and code.
@@ -156,7 +174,7 @@ def scrape(url: str) -> Counts:
 
 def settled_counts(prometheus: Prometheus, start: float, answered: int) -> Counts:
     """The counts of all replicas once the scrapes have caught up, or after a while."""
-    deadline = time.monotonic() + _LAST_SCRAPE_SECONDS
+    deadline = time.monotonic() + _SCRAPE_SECONDS
     while True:
         counts = prometheus.counts(start, time.time())
         if sum(counts.values()) >= answered or time.monotonic() > deadline:

@@ -1,6 +1,7 @@
 """`cxr loadtest` on real servers: it passes, and it fails where it must."""
 
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -165,6 +166,40 @@ def test_a_master_and_two_workers_are_one_run(plain: Server, tmp_path: Path) -> 
     # 20 a second from both together, as Poisson has it.
     assert 50 < counts.sent < 170
     assert counts.sent == counts.counted
+
+
+def test_a_lost_worker_fails_the_run_though_another_has_come(plain: Server, tmp_path: Path) -> None:
+    port = free_port()
+    join = [CXR, "loadtest", "worker", "--master=127.0.0.1", f"--port={port}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    workers = [subprocess.Popen(join, **quiet) for _ in range(2)]
+    command = [
+        CXR,
+        "loadtest",
+        "run",
+        *addresses(plain),
+        "--shape=open",
+        "--seconds=15",
+        "--workers=2",
+        f"--port={port}",
+        *write_inputs(tmp_path),
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as master:
+        try:
+            assert master.stdout is not None
+            assert any("begins" in line for line in master.stdout)
+            workers[0].kill()
+            workers.append(subprocess.Popen(join, **quiet))
+            said = master.communicate(timeout=90)[0]
+        finally:
+            for worker in workers:
+                worker.kill()
+            master.kill()
+    assert master.returncode == 1, said
+    whole = verdict_of(tmp_path)["the load generator is whole"]
+    assert not whole["passed"]
+    assert "1 workers lost" in whole["observed"]
 
 
 @pytest.mark.parametrize(
