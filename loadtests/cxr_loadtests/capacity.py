@@ -1,6 +1,7 @@
 """How many replicas a load needs, and what they cost."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -201,4 +202,21 @@ def described(outcome: Outcome, price: float) -> dict[str, Any]:
         "replicas_max": max(outcome.ready),
         "replica_hours": outcome.replica_hours,
         "cost": outcome.replica_hours * price,
+    }
+
+
+def summarised(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of several runs of the same case: means, the most replicas, and how far p95 varies.
+
+    Args:
+        runs: figures of each, as `described`.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    means: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+    p95s = [run["p95_seconds"] for run in runs]
+    return means | {
+        "replicas_max": max(run["replicas_max"] for run in runs),
+        "p95_lowest": min(p95s),
+        "p95_highest": max(p95s),
     }

@@ -80,9 +80,17 @@ def plan(
     help="Load and scaling. Without it: a day of up to 1,000 replicas, with spikes.",
 )
 @click.option("--exact", is_flag=True, help="Each request is an event: small cases only.")
-@click.option("--seed", default=0, type=click.IntRange(0))
+@click.option("--seed", default=0, type=click.IntRange(0), help="Of clocks, gaps and times.")
 @click.option(
-    "--series", type=click.Path(dir_okay=False, path_type=Path), help="Also write each second, CSV."
+    "--runs",
+    default=1,
+    type=click.IntRange(1),
+    help="With so many seeds: means, and how far p95 varies.",
+)
+@click.option(
+    "--series",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write each second (of the first run), CSV.",
 )
 @_replicas
 @_json
@@ -92,6 +100,7 @@ def simulate(
     case: Path | None,
     exact: bool,
     seed: int,
+    runs: int,
     series: Path | None,
     measured_replicas: int,
     as_json: bool,
@@ -106,21 +115,24 @@ def simulate(
             described,
             measured_service,
             read_case,
+            summarised,
         )
         from cxr_loadtests.results import load_result  # noqa: PLC0415
         from cxr_loadtests.simulation import simulate as run  # noqa: PLC0415
 
         wanted = read_case(case)
         service = measured_service(load_result(step_test), measured_replicas)
-        outcome = run(
-            wanted.rate(), service, wanted.scaling, wanted.seconds, exact=exact, seed=seed
-        )
+        outcomes = [
+            run(wanted.rate(), service, wanted.scaling, wanted.seconds, exact=exact, seed=number)
+            for number in range(seed, seed + runs)
+        ]
         if series is not None:
+            outcome = outcomes[0]
             rows = zip(outcome.times, outcome.rates, outcome.ready, outcome.asked, strict=True)
             lines = ["second,rate,ready,asked"]
             lines += [f"{at:.0f},{rate:.3f},{ready},{asked}" for at, rate, ready, asked in rows]
             series.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return described(outcome, wanted.price)
+        return summarised([described(outcome, wanted.price) for outcome in outcomes])
 
     _print(work, as_json)
 

@@ -203,6 +203,8 @@ class _Fleet:
             yield self.env.timeout(_STEP)
 
     def _scrape(self) -> Events:
+        # Nobody's clocks agree, nor do they wait for the load.
+        yield self.env.timeout(self.random.uniform(0, self.scaling.scrape))
         while True:
             oldest = self.env.now - self.scaling.window
             for replica in self.ready:
@@ -216,6 +218,7 @@ class _Fleet:
             yield self.env.timeout(self.scaling.scrape)
 
     def _scale(self) -> Events:
+        yield self.env.timeout(self.random.uniform(0, self.scaling.interval))
         while self.scaling.metric != "none":
             yield self.env.timeout(self.scaling.interval)
             self._become(self._limited(self._stable(self._wanted())))
@@ -346,48 +349,54 @@ class _Exact(_Fleet):
 
 
 class _Fluid(_Fleet):
-    """Requests as a flow: each second has a rate, a backlog and a distribution of latency."""
+    """Requests as a flow: each second has a rate, queues and a distribution of latency."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._backlog = 0.0
-        self._share = 0.0
+        # What waits stays where it is: a queue does not move to replicas that come.
+        self._queues: dict[_Replica, float] = {}
+        self._under_way = 0.0
         self._service = np.quantile(self.service.seconds, _QUANTILES)
         self._spread = float(self.service.seconds.var() / self.service.seconds.mean() ** 2)
 
-    def load_of(self, replica: _Replica) -> float:  # noqa: ARG002 - all have the same
-        return self._share
+    def load_of(self, replica: _Replica) -> float:
+        return self._queues.get(replica, 0.0) + self._under_way
 
     def traffic(self) -> Events:
         while True:
             count, rate = len(self.ready), self.rate(self.env.now)
-            capacity = count * self.service.throughput
             if not count:
                 self.outcome.refused += rate * _STEP
                 yield self.env.timeout(_STEP)
                 continue
-            waiting = self._backlog + rate * _STEP
-            served = min(waiting, capacity * _STEP)
-            before, self._backlog = self._backlog, waiting - served
-            longest = float(self.scaling.max_queue * count)
-            if self._backlog > longest:
-                self.outcome.refused += self._backlog - longest
-                self._backlog = longest
-            busy = min(1.0, served / (capacity * _STEP))
-            self.answered_lately = served / _STEP
-            mean = self._latency(rate, count, busy, (before + self._backlog) / 2 / capacity)
+            capacity = self.service.throughput * _STEP
+            before = np.zeros(count)
+            if self._queues:
+                before[:] = [self._queues.get(replica, 0.0) for replica in self.ready]
+            waiting = before + rate * _STEP / count
+            served = np.minimum(waiting, capacity)
+            after = np.minimum(waiting - served, self.scaling.max_queue)
+            self.outcome.refused += float(np.sum(waiting - served - after))
+            self._queues = dict(zip(self.ready, after.tolist(), strict=True)) if after.any() else {}
+            self.answered_lately = float(np.sum(served)) / _STEP
+            # A queue is there as well in the second in which it is worked off.
+            queued = np.maximum(before, after) > 0
+            behind = (before + after) / 2 / self.service.throughput
+            idle = ~queued
+            busy = float(np.mean(served[idle])) / capacity if idle.any() else 1.0
+            mean = self._latency(rate, count, busy, behind[queued])
             # Little's law.
-            self._share = (self._backlog + served / _STEP * mean) / count
+            self._under_way = float(np.mean(served)) / _STEP * mean
             yield self.env.timeout(_STEP)
 
-    def _latency(self, rate: float, count: int, busy: float, behind: float) -> float:
-        """Note how long the requests of this second take; the mean without the backlog.
+    def _latency(self, rate: float, count: int, busy: float, behind: Array) -> float:
+        """Note how long the requests of this second take; the mean where there is no queue.
 
         Args:
             rate: requests a second of all replicas.
             count: replicas.
-            busy: share of their capacity that is used.
-            behind: seconds until the backlog is worked off.
+            busy: share that is used of the capacity of those without a queue.
+            behind: seconds until each queue is worked off.
         """
         servers = self.service.parallel
         at_work = max(1.0, busy * servers)
@@ -399,18 +408,22 @@ class _Fluid(_Fleet):
         # as the sum of so many gaps.
         spread = (1 / count + self._spread) / 2
         mean_wait = chance * float(service.mean()) / servers / (1 - load) * spread
-        waits = np.full_like(_QUANTILES, behind)
-        if behind <= 0 and chance > 0 and mean_wait > 0:
+        waits = np.zeros_like(_QUANTILES)
+        if chance > 0 and mean_wait > 0:
             waiting = 1 - chance < _QUANTILES
             conditional = mean_wait / chance
             waits[waiting] = -conditional * np.log((1 - _QUANTILES[waiting]) / chance)
-        total = (service[:, None] + waits[None, :]).ravel()
+        self._note(service, waits, rate * (count - len(behind)) / count)
+        if len(behind):
+            full = self._service * self.service.slowdown[-1]
+            self._note(full, np.quantile(behind, _QUANTILES), rate * len(behind) / count)
+        return float(service.mean()) + mean_wait
+
+    def _note(self, service: Array, waits: Array, rate: float) -> None:
         if rate > 0:
-            kept = np.quantile(total, _QUANTILES)
+            kept = np.quantile((service[:, None] + waits[None, :]).ravel(), _QUANTILES)
             self.outcome.latencies.append(kept)
             self.outcome.weights.append(np.full(len(kept), rate * _STEP / len(kept)))
-        # The backlog is counted by itself.
-        return float(service.mean()) + (mean_wait if behind <= 0 else 0.0)
 
 
 def erlang_c(servers: int, load: float) -> float:
