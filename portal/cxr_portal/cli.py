@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -31,6 +32,7 @@ _DEFAULTS = Settings()
 _ENVIRONMENT = "CXR_PORTAL"
 _OTLP_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _HOUR = 3600.0
+_RATE_STORAGES = ("redis", "rediss", "valkey", "valkeys")
 
 _database = click.option(
     "--database",
@@ -149,7 +151,9 @@ def portal() -> None:
 @click.option(
     "--rate-storage",
     default=_DEFAULTS.rate_storage,
-    help="Where they are counted: in each process, or async+redis://HOST for all together.",
+    help="Redis or Valkey in which all gateways count them together: redis://HOST, or "
+    "rediss://USER:PASSWORD@HOST over TLS.",
+    show_default="each process counts by itself",
 )
 @click.option(
     "--max-in-flight",
@@ -239,6 +243,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         # Else another page could reach this one by a name of its own for this address.
         options["allowed_hosts"] = ("localhost", options["host"])
     _check_oidc(options)
+    _check_rate_storage(options["rate_storage"])
     if options["tracing"] and not os.environ.get(_OTLP_ENDPOINT):
         raise click.UsageError(
             f"--tracing needs {_OTLP_ENDPOINT}, the URL of a collector, for instance "
@@ -261,6 +266,17 @@ def _check_oidc(options: dict[str, Any]) -> None:
         host = url.removeprefix("http://").partition("/")[0].rpartition(":")[0]
         if url and not url.startswith("https://") and not is_loopback(host):
             raise click.UsageError(f"--{name.replace('_', '-')} must begin with https://.")
+
+
+def _check_rate_storage(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in _RATE_STORAGES and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if url and not known:
+        # Without the URL, which may hold a password.
+        raise click.UsageError("--rate-storage must look like redis://HOST:6379.")
 
 
 @portal.command()

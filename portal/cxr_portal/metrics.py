@@ -71,6 +71,11 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self.rate_storage_errors = Counter(
+            "cxr_portal_rate_storage_errors",
+            "Times that the shared storage of limits did not answer.",
+            registry=self.registry,
+        )
         self.open_images = Gauge(
             "cxr_portal_job_images_open",
             "Images of jobs without an answer, of all gateways on this database.",

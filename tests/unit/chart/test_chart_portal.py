@@ -85,7 +85,8 @@ def test_every_setting_reaches_the_portal_by_a_name_that_it_knows(chart: Chart) 
     ours = {name: value for name, value in settings.items() if name.startswith("CXR_")}
     assert ours.keys() <= known
     assert ours == {
-        "CXR_PORTAL_DATABASE": None,  # from the Secret
+        "CXR_PORTAL_DATABASE": None,  # from a Secret
+        "CXR_PORTAL_RATE_STORAGE": None,  # likewise
         "CXR_PORTAL_SERVER": f"dns:///chest-service-portal-model.imaging:{GRPC_PORT}",
         "CXR_PORTAL_MODEL": "chest",
         "CXR_PORTAL_TIMEOUT": "20.5",
@@ -133,11 +134,16 @@ def test_the_portal_takes_these_settings(
 
 
 def test_no_secret_stands_in_the_values(chart: Chart) -> None:
-    objects = chart.objects(*EXAMPLE)
-    (database,) = (
-        item for item in container(objects)["env"] if item["name"] == "CXR_PORTAL_DATABASE"
-    )
-    assert database["valueFrom"] == {"secretKeyRef": {"name": "cxr-portal-database", "key": "url"}}
+    objects = chart.objects(*EXAMPLE, "--set", "portal.rateStorage.secret=limits")
+    secrets = {
+        item["name"]: item["valueFrom"]["secretKeyRef"]
+        for item in container(objects)["env"]
+        if "valueFrom" in item
+    }
+    assert secrets == {
+        "CXR_PORTAL_DATABASE": {"name": "cxr-portal-database", "key": "url"},
+        "CXR_PORTAL_RATE_STORAGE": {"name": "limits", "key": "url"},
+    }
     assert "Secret" not in {kind for kind, _ in objects}
 
 
@@ -359,12 +365,14 @@ def test_only_dns_and_the_predictor_are_let_out(chart: Chart) -> None:
     }
 
 
-def test_database_issuer_and_collector_are_let_out(chart: Chart, values: Values) -> None:
-    _, _, database, issuer, traces = chart.objects(*LINT)["NetworkPolicy", "chest-service-portal"][
-        "spec"
-    ]["egress"]
+def test_what_it_needs_is_let_out(chart: Chart, values: Values) -> None:
+    _, _, database, limits, issuer, traces = chart.objects(*LINT)[
+        "NetworkPolicy", "chest-service-portal"
+    ]["spec"]["egress"]
     assert database["ports"] == [{"port": 6432, "protocol": "TCP"}]
     assert database["to"] == [{"ipBlock": {"cidr": "203.0.113.8/32"}}]
+    assert limits["ports"] == [{"port": 6380, "protocol": "TCP"}]
+    assert limits["to"] == [{"ipBlock": {"cidr": "203.0.113.10/32"}}]
     assert [port["port"] for port in issuer["ports"]] == [443, 8443]
     assert issuer["to"] == [{"ipBlock": {"cidr": "203.0.113.9/32"}}]
     assert traces["to"] == [{"ipBlock": {"cidr": "203.0.113.7/32"}}]

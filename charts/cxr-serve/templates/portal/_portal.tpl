@@ -54,6 +54,12 @@ app.kubernetes.io/component: portal
 - {name: CXR_PORTAL_DATABASE, value: "sqlite:///{{ include "cxr.portal.databaseFolder" $ }}/portal.db"}
 {{- end }}
 {{- end }}
+{{- with $portal.rateStorage }}
+{{- if .secret }}
+- name: CXR_PORTAL_RATE_STORAGE
+  valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .secretKey }}}}
+{{- end }}
+{{- end }}
 # All addresses of the name, by turns: a Service's one address would be one replica.
 - {name: CXR_PORTAL_SERVER, value: "dns:///{{ include "cxr.portal.modelName" . }}.{{ .Release.Namespace }}:{{ include "cxr.ports.grpc" . }}"}
 - {name: CXR_PORTAL_MODEL, value: {{ $portal.model | quote }}}
