@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 CATALOGUE = Path(__file__).parents[2] / "docs" / "metrics.md"
+PORTAL_CATALOGUE = CATALOGUE.with_name("portal.md")
 # Of Prometheus itself and of other exporters, which a cluster may have.
 FOREIGN = {
     "ALERTS",
@@ -17,9 +18,9 @@ FOREIGN = {
 }
 
 
-def documented() -> dict[str, tuple[str, set[str]]]:
-    """Type and labels of each metric in the catalogue."""
-    text = CATALOGUE.read_text(encoding="utf-8")
+def documented(catalogue: Path = CATALOGUE) -> dict[str, tuple[str, set[str]]]:
+    """Type and labels of each metric in a catalogue."""
+    text = catalogue.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) ?\|", text, re.MULTILINE)
     found = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     assert len(found) == len(rows)
@@ -29,7 +30,7 @@ def documented() -> dict[str, tuple[str, set[str]]]:
 def known() -> set[str]:
     """Names that a query may use."""
     names = set(FOREIGN)
-    for name, (kind, _) in documented().items():
+    for name, (kind, _) in (documented() | documented(PORTAL_CATALOGUE)).items():
         parts = ("_bucket", "_count", "_sum") if kind == "histogram" else ("",)
         names |= {f"{name}{part}" for part in parts}
     return names

@@ -24,6 +24,8 @@ TAG = "cxr-serve"
 
 # Series of the chosen service; with `VERSION` joined, of the chosen version alone.
 S = 'namespace="$namespace", service=~"$service"'
+# Of its portal, which the chart names so.
+P = 'namespace="$namespace", service=~"${service}-portal"'
 METHODS = 'method=~"__METHODS__"'
 FAILED = 'code=~"__FAILURES__"'
 VERSION = f'* on (namespace, pod) group_left (version) cxr_model_info{{{S}, version=~"$version"}}'
@@ -83,9 +85,9 @@ class Board:
     rows: Sequence[tuple[str, Sequence[Panel]]]
 
 
-def rate(metric: str, by: str, *labels: str) -> str:
+def rate(metric: str, by: str, *labels: str, series: str = S) -> str:
     """Events per second, by these labels."""
-    return f"sum by ({by}) (rate({metric}{{{', '.join((S, *labels))}}}{RATE}))"
+    return f"sum by ({by}) (rate({metric}{{{', '.join((series, *labels))}}}{RATE}))"
 
 
 def by_version(metric: str, *labels: str) -> str:
@@ -93,10 +95,10 @@ def by_version(metric: str, *labels: str) -> str:
     return f"sum by (version) (rate({metric}{{{', '.join((S, *labels))}}}{RATE}) {VERSION})"
 
 
-def quantile(part: float, metric: str, by: str = "") -> str:
+def quantile(part: float, metric: str, by: str = "", *labels: str, series: str = S) -> str:
     """A quantile of a histogram, estimated from its buckets."""
-    labels = f"le, {by}" if by else "le"
-    return f"histogram_quantile({part}, {rate(f'{metric}_bucket', labels)})"
+    groups = f"le, {by}" if by else "le"
+    return f"histogram_quantile({part}, {rate(f'{metric}_bucket', groups, *labels, series=series)})"
 
 
 def budget_left(failed: str, objective: str) -> str:
@@ -621,6 +623,161 @@ BOARDS = [
                             )
                         ],
                         unit="percentunit",
+                    ),
+                ],
+            ),
+        ],
+    ),
+    Board(
+        name="cxr-portal",
+        title="CXR / Portal",
+        description="Do people and applications get answers, and do jobs move?",
+        rows=[
+            (
+                "Health",
+                [
+                    Panel(
+                        title="Replicas of the portal",
+                        description="That answer Prometheus; see __RUNBOOKS__/CXRPortalDown.md",
+                        queries=[(f"sum(up{{{P}}})", "up")],
+                        single=True,
+                        steps=[(None, RED), (1, GREEN)],
+                    ),
+                    Panel(
+                        title="Portal's availability budget left",
+                        description="Of __PERIOD__, at an objective of __AVAILABILITY__; see "
+                        "__RUNBOOKS__/CXRPortalBudgetBurn.md",
+                        queries=[
+                            (
+                                f"1 - sum(cxr_portal:requests_failed:increase__PERIOD__{{{P}}})"
+                                f" / (sum(cxr_portal:requests:increase__PERIOD__{{{P}}})"
+                                " * (1 - __AVAILABILITY__))",
+                                "left",
+                            )
+                        ],
+                        unit="percentunit",
+                        single=True,
+                        steps=[(None, RED), (0.01, YELLOW), (0.5, GREEN)],
+                        nothing="no rules (monitoring.rules), or no requests",
+                    ),
+                    Panel(
+                        title="Replicas that leave the model alone",
+                        description="Their circuit breaker is open; see "
+                        "__RUNBOOKS__/CXRPortalBreakerOpen.md",
+                        queries=[(f"sum(cxr_portal_breaker_open{{{P}}})", "open")],
+                        single=True,
+                        steps=[(None, GREEN), (1, RED)],
+                    ),
+                    Panel(
+                        title="Images of jobs that wait",
+                        description="In the database; see __RUNBOOKS__/CXRPortalBacklogStuck.md",
+                        queries=[(f"max(cxr_portal_job_images_open{{{P}}})", "images")],
+                        single=True,
+                    ),
+                ],
+            ),
+            (
+                "Requests",
+                [
+                    Panel(
+                        title="Requests by answer",
+                        description="Per second. 4xx: the caller's fault; 5xx: ours; gone: the "
+                        "caller had left.",
+                        queries=[
+                            (
+                                rate("cxr_portal_requests_total", "route, code", series=P),
+                                "{{route}} {{code}}",
+                            )
+                        ],
+                        unit="reqps",
+                    ),
+                    Panel(
+                        title="Time to answer (p95)",
+                        description="By route, receiving the files included.",
+                        queries=[
+                            (
+                                quantile(
+                                    0.95,
+                                    "cxr_portal_request_duration_seconds",
+                                    "route",
+                                    'route=~"/v1/.*"',
+                                    series=P,
+                                ),
+                                "{{route}}",
+                            )
+                        ],
+                        unit="s",
+                    ),
+                    Panel(
+                        title="Callers turned away",
+                        description="Per second, by reason. Many `invalid`: somebody guesses keys; "
+                        "`rate`: somebody needs a higher limit.",
+                        queries=[
+                            (
+                                rate("cxr_portal_refused_callers_total", "reason", series=P),
+                                "{{reason}}",
+                            )
+                        ],
+                        unit="reqps",
+                        events_only=True,
+                        nothing="none",
+                    ),
+                ],
+            ),
+            (
+                "Images and the model",
+                [
+                    Panel(
+                        title="Images by outcome",
+                        description="Per second, of requests and jobs.",
+                        queries=[
+                            (
+                                rate("cxr_portal_images_total", "way, outcome", series=P),
+                                "{{way}} {{outcome}}",
+                            )
+                        ],
+                    ),
+                    Panel(
+                        title="Calls of the model",
+                        description="Per second, by gRPC status.",
+                        queries=[
+                            (rate("cxr_portal_model_calls_total", "code", series=P), "{{code}}")
+                        ],
+                        unit="reqps",
+                    ),
+                    Panel(
+                        title="Time of a call of the model",
+                        description="As the portal sees it, retries included.",
+                        queries=[
+                            (
+                                quantile(part, "cxr_portal_model_call_duration_seconds", series=P),
+                                f"p{round(100 * part)}",
+                            )
+                            for part in (0.5, 0.95)
+                        ],
+                        unit="s",
+                    ),
+                    Panel(
+                        title="Images of requests in flight",
+                        description="By pod; beyond portal.limits.maxInFlight, callers get 503.",
+                        queries=[(f"sum by (pod) (cxr_portal_images_in_flight{{{P}}})", "{{pod}}")],
+                    ),
+                    Panel(
+                        title="Storage of limits away",
+                        description="Times per second that it did not answer; meanwhile each "
+                        "replica counts by itself.",
+                        queries=[
+                            (
+                                rate("cxr_portal_rate_storage_errors_total", "pod", series=P),
+                                "{{pod}}",
+                            )
+                        ],
+                    ),
+                    Panel(
+                        title="CPU of the portal",
+                        description="Cores, by pod. It uses one at most.",
+                        queries=[(rate("process_cpu_seconds_total", "pod", series=P), "{{pod}}")],
+                        steps=[(None, GREEN), (0.8, YELLOW)],
                     ),
                 ],
             ),

@@ -14,7 +14,10 @@ from support.charts import CHART, Chart
 from support.metrics import asked, known
 
 FILES = sorted((CHART / "files" / "dashboards").glob("*.json"))
-ON: dict[str, Any] = {"monitoring": {"dashboards": {"enabled": True}}}
+ON: dict[str, Any] = {
+    "monitoring": {"dashboards": {"enabled": True}},
+    "portal": {"enabled": True},
+}
 
 Values = Callable[[dict[str, Any]], tuple[str, str]]
 
@@ -41,7 +44,7 @@ def test_the_files_are_what_the_code_makes() -> None:
 
 def test_all_are_there(rendered: dict[str, dict[str, Any]]) -> None:
     assert rendered.keys() == {path.name for path in FILES}
-    assert len(rendered) == 5
+    assert len(rendered) == 6
     assert len({dashboard["uid"] for dashboard in rendered.values()}) == len(rendered)
 
 
@@ -57,6 +60,7 @@ def test_a_dashboard(name: str, rendered: dict[str, dict[str, Any]]) -> None:
     assert {link["type"] for link in dashboard["links"]} == {"dashboards", "link"}
     assert dashboard["description"]
     recorded = {"cxr:requests:increase30d", "cxr:requests_failed:increase30d"}
+    recorded |= {name.replace("cxr:", "cxr_portal:") for name in recorded}
     recorded |= {"cxr:requests_slow:increase30d", "cxr:drift_images:ratio", "cxr:drift_images:psi"}
     titles = [panel["title"] for panel in panels(dashboard)]
     assert len(set(titles)) == len(titles)
@@ -73,6 +77,12 @@ def test_a_dashboard(name: str, rendered: dict[str, dict[str, Any]]) -> None:
                 assert 'namespace="$namespace"' in target["expr"]
         for runbook in re.findall(r"runbooks/(\w+)\.md", panel["description"]):
             assert (CHART / "files" / "alerts" / f"{runbook}.yaml").is_file()
+
+
+def test_without_a_portal_it_has_no_dashboard(chart: Chart, values: Values) -> None:
+    names = {name for _, name in chart.objects(*values({"monitoring": ON["monitoring"]}))}
+    assert "cxr-cxr-serve-cxr-overview" in names
+    assert "cxr-cxr-serve-cxr-portal" not in names
 
 
 def test_thresholds_are_the_chart_s(chart: Chart, values: Values) -> None:

@@ -15,7 +15,7 @@ from support.metrics import asked, known
 RUNBOOKS = CHART.parents[1] / "docs" / "runbooks"
 ALERTS = {path.stem for path in (CHART / "files" / "alerts").glob("*.yaml")}
 SECTIONS = ["Meaning", "Impact", "Diagnosis", "Mitigation"]
-ON: dict[str, Any] = {"monitoring": {"rules": {"enabled": True}}}
+ON: dict[str, Any] = {"monitoring": {"rules": {"enabled": True}}, "portal": {"enabled": True}}
 Values = Callable[[dict[str, Any]], tuple[str, str]]
 
 
@@ -76,6 +76,12 @@ def test_objectives_are_about_the_requests_for_an_answer(chart: Chart, values: V
     assert set(methods.split("|")) == INFERENCE
 
 
+def test_without_a_portal_nothing_is_asked_about_it(chart: Chart, values: Values) -> None:
+    objects = chart.objects(*values({"monitoring": ON["monitoring"]}))
+    text = str(rules(objects, "rules") + rules(objects, "alerts"))
+    assert "portal" not in text.lower()
+
+
 def test_rules_are_off_until_asked_for(chart: Chart) -> None:
     assert not [name for kind, name in chart.objects() if kind == "PrometheusRule"]
 
@@ -91,14 +97,16 @@ def test_values_reach_the_rules(chart: Chart) -> None:
     assert "> 0.1\n" in burn["expr"], "10 times what 0.99 allows"
     records = {rule["record"] for rule in rules(objects, "rules", "chest-service")}
     assert {name for name in records if "availability" in name} == {
-        f"cxr:availability_errors:ratio{window}" for window in ("7d", "30m", "2m")
+        f"{prefix}:availability_errors:ratio{window}"
+        for prefix in ("cxr", "cxr_portal")
+        for window in ("7d", "30m", "2m")
     }
-    # It may sleep, so that no pods is no alert.
-    assert "absent" not in str(own)
+    # It may sleep, so that no pods is no alert; the portal never does.
+    assert [alert["alert"] for alert in own if "absent" in str(alert)] == ["CXRPortalDown"]
 
 
 def test_no_pods_at_all_is_an_alert(alerts: list[dict[str, Any]]) -> None:
-    for name in ("CXRNoReadyReplica", "CXRScrapeMissing"):
+    for name in ("CXRNoReadyReplica", "CXRScrapeMissing", "CXRPortalDown"):
         (alert,) = [item for item in alerts if item["alert"] == name]
         assert "absent" in alert["expr"]
 

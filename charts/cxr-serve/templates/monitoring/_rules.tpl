@@ -9,6 +9,7 @@
 name: {{ $name }}
 services: {{ $name }}|{{ include "cxr.canaryName" . }}
 series: namespace="{{ .Release.Namespace }}", service=~"{{ $name }}|{{ include "cxr.canaryName" . }}"
+portal: namespace="{{ .Release.Namespace }}", service="{{ include "cxr.portal.name" . }}"
 stable: namespace="{{ .Release.Namespace }}", service="{{ $name }}"
 methods: predict|infer|explain
 failures: 5..|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|INTERNAL|UNKNOWN
