@@ -26,13 +26,13 @@ from support.charts import CHART
 from support.cluster import Namespace, intrude, probe, run, setting, wait_for
 from support.dicoms import dicom_bytes
 from support.figures import report
+from support.volumes import local_volume
 
 pytestmark = pytest.mark.timeout(300)
 
 RELEASE = "portal"
 HOST = "portal.cxr.e2e.example.org"
 VOLUME = "cxr-e2e-portal"
-FOLDER = f"/var/tmp/{VOLUME}"  # noqa: S108 - on the node
 # Of a job that is interrupted; they are large, so that it lasts.
 JOB_IMAGES = 140
 KINDS = (
@@ -96,58 +96,11 @@ def answers(bundle: Path, images: dict[str, bytes]) -> list[Prediction]:
     return [answer for answer in answers if isinstance(answer, Prediction)]
 
 
-def on_the_node(node: str, *command: str) -> None:
-    """Run a command as root, with /var/tmp of that node."""
-    container = {
-        "name": "volume",
-        "image": setting("CXR_E2E_PORTAL_IMAGE", "image of the portal in the cluster"),
-        "command": list(command),
-        "securityContext": {"runAsUser": 0},
-        "volumeMounts": [{"name": "tmp", "mountPath": "/var/tmp"}],  # noqa: S108
-    }
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": VOLUME},
-        "spec": {
-            "nodeName": node,
-            "restartPolicy": "Never",
-            "containers": [container],
-            "volumes": [{"name": "tmp", "hostPath": {"path": "/var/tmp"}}],  # noqa: S108
-        },
-    }
-    outside = ("kubectl", "-n", "default")
-    run(*outside, "apply", "-f", "-", stdin=json.dumps(pod))
-    try:
-        done = "jsonpath={.status.phase}=Succeeded"
-        run(*outside, "wait", f"--for={done}", "--timeout=60s", f"pod/{VOLUME}")
-    finally:
-        run(*outside, "delete", "pod", VOLUME, "--now")
-
-
 @pytest.fixture(scope="module")
 def storage_class() -> Iterator[str]:
-    """A class with one volume, a folder of a node: not every cluster makes volumes by itself."""
-    node = json.loads(run("kubectl", "get", "nodes", "-o", "json"))["items"][0]["metadata"]["name"]
-    on_the_node(node, "mkdir", "-p", FOLDER)
-    host = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
-    volume = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolume",
-        "metadata": {"name": VOLUME},
-        "spec": {
-            "storageClassName": VOLUME,
-            "capacity": {"storage": "5Gi"},
-            "accessModes": ["ReadWriteOnce"],
-            "persistentVolumeReclaimPolicy": "Retain",
-            "local": {"path": FOLDER},
-            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [host]}]}},
-        },
-    }
-    run("kubectl", "apply", "-f", "-", stdin=json.dumps(volume))
-    yield VOLUME
-    run("kubectl", "delete", "pv", VOLUME, "--wait=false")
-    on_the_node(node, "rm", "-r", FOLDER)
+    image = setting("CXR_E2E_PORTAL_IMAGE", "image of the portal in the cluster")
+    with local_volume(VOLUME, image) as name:
+        yield name
 
 
 @pytest.fixture(scope="module")
