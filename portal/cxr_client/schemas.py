@@ -53,6 +53,15 @@ class HeatMap(_Document):
             "evidence for the class where positive, against it where negative, -1 to 1."
         ),
     ]
+    png: Annotated[
+        str,
+        Field(
+            description="The same as a picture to lay over the image, stretched to its size: a PNG "
+            "in Base64, orange for the class, blue against it, transparent where there is no "
+            "evidence. Nothing of the image is in it.",
+            json_schema_extra={"contentEncoding": "base64", "contentMediaType": "image/png"},
+        ),
+    ]
 
 
 class AnsweredImage(_Document):

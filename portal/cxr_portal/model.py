@@ -1,5 +1,7 @@
 """The served model, asked over the Open Inference Protocol's gRPC form."""
 
+import base64
+import io
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -9,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 from circuitbreaker import CircuitBreaker, CircuitBreakerError
+from PIL import Image
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -34,6 +39,8 @@ _OUTPUTS = ("probabilities", "label", "decision", "quality")
 _EXPLANATION = ("heatmap", "explained")
 _CONFIG = "cxr-model.json"
 _REJECTION = "cxr-rejection"
+# Colours of a heat map, for the class and against it: those of the page.
+_FOR, _AGAINST = (255, 140, 0), (30, 120, 255)
 # Seconds that a model's description is believed.
 _DESCRIPTION_LIFE = 30.0
 # Failures in a row after which the model is left alone, and for how many seconds.
@@ -309,12 +316,24 @@ def _heatmap(outputs: Mapping[str, Any]) -> HeatMap | None:
     if "heatmap" not in outputs:
         return None
     _, rows, columns = outputs["heatmap"].shape
+    values = np.array(outputs["heatmap"].contents.fp32_contents, np.float64)
     return HeatMap(
         label=outputs["explained"].contents.bytes_contents[0].decode(),
         rows=rows,
         columns=columns,
-        values=tuple(round(value, 4) for value in outputs["heatmap"].contents.fp32_contents),
+        values=tuple(values.round(4).tolist()),
+        png=base64.b64encode(_drawn(values.reshape(rows, columns))).decode(),
     )
+
+
+def _drawn(values: npt.NDArray[np.float64]) -> bytes:
+    """A heat map as a transparent PNG file, a pixel for each value."""
+    pixels = np.empty((*values.shape, 4), np.uint8)
+    pixels[..., :3] = np.where(values[..., np.newaxis] > 0, _FOR, _AGAINST)
+    pixels[..., 3] = (255 * np.abs(values).clip(0, 1)).round()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _model(config: Mapping[str, Any]) -> Model:

@@ -1,5 +1,7 @@
 """The gateway's API in front of a real model server."""
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -10,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from cxr.answer import Options, Prediction
 from cxr.engine import Engine
@@ -112,6 +115,12 @@ class TestPredictions:
         assert heatmap["label"] == expected.explanation.label
         values = np.array(heatmap["values"]).reshape(heatmap["rows"], heatmap["columns"])
         assert values == pytest.approx(expected.explanation.heatmap, abs=1e-4)
+        drawn = Image.open(io.BytesIO(base64.b64decode(heatmap["png"])))
+        assert (drawn.format, drawn.mode, drawn.size) == ("PNG", "RGBA", values.shape[::-1])
+        pixels = np.asarray(drawn).astype(float)
+        assert pixels[..., 3] / 255 == pytest.approx(np.abs(values), abs=0.01)
+        red, blue = pixels[..., 0], pixels[..., 2]
+        assert np.array_equal(red > blue, values > 0), "orange for the class, blue against it"
 
     def test_an_unknown_class_cannot_be_explained(self, http: httpx.Client) -> None:
         answer = ask(http, GOOD, params={"explain": "Cholera"})
