@@ -2,7 +2,8 @@
 
 usage: python bench/explain.py BUNDLE IMAGE... [--rounds N]
 
-Three answers are timed by turns, in one process and on one thread: by the graph without its branch
+Three answers are timed by turns, in one process and on one thread, by the processor's time, which
+hardly depends on what else the machine does: by the graph without its branch
 for explanations (what a model without them costs), by the whole graph without an explanation, and
 with one. Prints medians and their ratios as JSON.
 """
@@ -58,10 +59,10 @@ def main() -> None:
         for number in range(arguments.rounds + 1):
             for image in images:
                 for name, (model, options) in asked.items():
-                    start = time.perf_counter()
+                    start = time.process_time()
                     model.predict([image], [options])
                     if number:  # the first round warms up
-                        times[name].append(time.perf_counter() - start)
+                        times[name].append(time.process_time() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(
         json.dumps(

@@ -88,6 +88,19 @@ def test_what_the_model_does_not_see_is_nought(tmp_path: Path) -> None:
     assert float(heatmap.max()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("size", [(900, 3), (3, 900), (70, 50), (40, 40)])
+@pytest.mark.parametrize("margin", [0.0, 0.2, 0.45])
+def test_any_shape_and_any_view_has_a_map(
+    tmp_path: Path, size: tuple[int, int], margin: float
+) -> None:
+    """However few pixels of the overlay the model saw."""
+    bundle = make_bundle(tmp_path, explained=True, preprocessing=preprocessing(margin=margin))
+    found = explained(Engine(bundle), picture(size, (0, 0, 2, 2)))
+    assert np.abs(found.heatmap).max() <= 1
+    with Image.open(BytesIO(found.overlay)) as overlay:
+        assert max(overlay.size) <= 256
+
+
 def test_the_class_is_the_predicted_or_the_named_one(engine: Engine) -> None:
     image = picture((100, 100), (10, 10, 30, 30))
     (answer,) = engine.predict([image])

@@ -158,9 +158,16 @@ def _activated(builder: GraphBuilder, maps: Sequence[NamedMap], weight: Float64A
         if pooling.deviations is not None:
             _, squares, deviation = _moments(builder, item.name)
             own = weight[:, pooling.deviations : pooling.deviations + channels] * scale
-            relative = builder.node("Div", [squares, deviation])
-            kernel = builder.constant(own[:, :, None, None])
-            found = builder.node("Add", [found, builder.node("Conv", [relative, kernel])])
+            # The deviation divides the weights and not the squares, which are many more.
+            row = builder.constant([0, 1, channels], np.int64)
+            relative = builder.node(
+                "Div", [builder.constant(own), builder.node("Reshape", [deviation, row])]
+            )
+            flat = builder.constant([0, channels, rows * columns], np.int64)
+            spread = builder.node("MatMul", [relative, builder.node("Reshape", [squares, flat])])
+            shape = builder.constant([0, len(weight), rows, columns], np.int64)
+            spread = builder.node("Reshape", [spread, shape])
+            found = builder.node("Add", [found, spread])
         down, across = spreading(rows, GRID), spreading(columns, GRID)
         if pooling.mirrored:
             across = across[::-1]
