@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
 from cxr_portal.store import Store
@@ -162,6 +163,16 @@ class TestJobs:
         http.post(f"{JOBS}/{large['id']}/cancel")
 
 
+def wait_for_both(database: str, job_id: str) -> None:
+    """Wait until two gateways ask about a job's images."""
+    query = "SELECT DISTINCT worker FROM job_images WHERE job_id = %s AND state = 'running'"
+    deadline = time.monotonic() + 60
+    with psycopg.connect(database, autocommit=True) as connection:
+        while len(connection.execute(query, [job_id]).fetchall()) < 2:
+            assert time.monotonic() < deadline, "only one of them works"
+            time.sleep(0.05)
+
+
 def pending(gateway: Portal, job_id: str) -> int:
     """Images of a job in the database."""
     path = gateway.database.removeprefix("sqlite:///")
@@ -251,7 +262,7 @@ class TestSurvival:
             for worker in model.workers():
                 worker.suspend()
             job = submit(http, *[GOOD] * 60)
-            time.sleep(2)  # both have looked for work by then
+            wait_for_both(postgresql, job["id"])
             for worker in model.workers():
                 worker.resume()
             done = wait(other, job["id"])
@@ -259,6 +270,29 @@ class TestSurvival:
             assert answered_by(model) - before == 60
             for running in (one, two):
                 assert 'outcome="answered",way="job"' in running.metrics
+
+    def test_another_gateway_goes_on_with_a_job(self, model: Server, postgresql: str) -> None:
+        workers, count = 2, 60
+        options = (f"--server={model.grpc}", f"--job-workers={workers}")
+        with (
+            portal(*options, database=postgresql) as one,
+            portal(*options, database=postgresql) as two,
+            one.http() as http,
+            two.http() as other,
+        ):
+            before = answered_by(model)
+            for worker in model.workers():
+                worker.suspend()
+            job = submit(http, *[GOOD] * count)
+            wait_for_both(postgresql, job["id"])
+            one.kill()
+            for worker in model.workers():
+                worker.resume()
+            done = wait(other, job["id"])
+            assert (done["answered"], done["refused"], done["failed"]) == (count, 0, 0)
+            answers = result(other, job["id"])
+            assert [answer["index"] for answer in answers] == list(range(count))
+            assert count <= answered_by(model) - before <= count + workers
 
     def test_a_job_waits_while_the_model_is_away(self, guarded_archive: Path) -> None:
         port = free_port()
