@@ -77,7 +77,7 @@ def asked(
     def shares(images: Iterable[Image.Image]) -> dict[str, float]:
         found = []
         for image in images:
-            features = network(preprocess(image, spec)[None])
+            features = network.run(preprocess(image, spec)[None])
             scores = dict(zip(SCORES, guards.scores(features)[0].tolist(), strict=True))
             reasons = judged(scores | pixel_scores(image, spec), guards.limits).reasons
             found.append(reasons)

@@ -4,11 +4,12 @@ import hashlib
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +36,25 @@ _BATCH = 2
 _WORTH_A_GRAPH = 100
 
 
-# Batches of images to their feature vectors.
-Network = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What computes features.
+
+    Attributes:
+        run: of a batch float32 `[N, *item_shape]`, its vectors float32 `[N, features]`.
+        at_once: batches that it computes at the same time, each on a thread of its own.
+    """
+
+    run: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+    at_once: int = 1
+
+    def each(self, batches: Iterable[npt.NDArray[np.float32]]) -> Iterator[npt.NDArray[np.float32]]:
+        """The vectors of each batch, in order."""
+        return _ahead(self.run, batches, threads=self.at_once, ahead=self.at_once)
 
 
 @dataclass(frozen=True)
@@ -120,12 +138,24 @@ def image_tensors(
     frame: pd.DataFrame, spec: Preprocessing, variation: Variation | None = None
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Input tensors of a manifest's images, one by one; see :func:`image_batches`."""
-    waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
-    with ThreadPoolExecutor(_DECODERS) as pool:
+
+    def load(row: tuple[str, str]) -> npt.NDArray[np.float32]:
+        return load_image(Path(row[0]), row[1], spec, variation)
+
+    rows = zip(frame["path"], frame["sha256"], strict=True)
+    return _ahead(load, rows, threads=_DECODERS, ahead=_AHEAD)
+
+
+def _ahead(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
+) -> Iterator[_Result]:
+    """What a function makes of each item, in order; threads work on so many of the next ones."""
+    waiting: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            for path, sha256 in zip(frame["path"], frame["sha256"], strict=True):
-                waiting.append(pool.submit(load_image, Path(path), sha256, spec, variation))
-                if len(waiting) > _AHEAD:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -203,8 +233,7 @@ def _computed(
     batches = image_batches(frame, spec, batch_size, variation)
     hidden = frame.empty or not sys.stderr.isatty()
     with tqdm(total=len(frame), desc="features", unit="image", disable=hidden) as progress:
-        for batch in batches:
-            vectors = network(batch)
+        for vectors in network.each(batches):
             progress.update(len(vectors))
             yield from vectors
 
@@ -215,9 +244,6 @@ def feature_network(backbone: Backbone, images: int) -> Network:
     Args:
         backbone: the feature extractor.
         images: about how many there will be.
-
-    Returns:
-        A function of float32 `[N, *item_shape]` that gives float32 `[N, features]`.
     """
     if torch.cuda.is_available() or images < _WORTH_A_GRAPH:
         return _torch_network(backbone)
@@ -233,17 +259,20 @@ def _torch_network(backbone: Backbone) -> Network:
             images = torch.from_numpy(batch).to(device, memory_format=torch.channels_last)
             return np.asarray(module(images).cpu().numpy())
 
-    return run
+    return Network(run)
 
 
 def _onnx_network(backbone: Backbone) -> Network:
     model = exported(backbone.module, backbone.preprocessing.item_shape, ["features"])
     options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    # One image on each core, not all cores on one image: that takes half the processors' time.
+    options.intra_op_num_threads = 1
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return lambda batch: np.asarray(session.run(None, {IMAGE: batch})[0])
+    return Network(
+        lambda batch: np.asarray(session.run(None, {IMAGE: batch})[0]), torch.get_num_threads()
+    )
 
 
 def _cache_file(cache: Path, sha256: str) -> Path:

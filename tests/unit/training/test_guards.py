@@ -53,7 +53,7 @@ def scores(
     guards: Guards, small: Backbone, images: list[Image.Image]
 ) -> dict[Rejection, np.ndarray]:
     network = feature_network(small, len(images))
-    batch = np.concatenate([network(preprocess(i, small.preprocessing)[None]) for i in images])
+    batch = np.concatenate([network.run(preprocess(i, small.preprocessing)[None]) for i in images])
     return dict(zip(SCORES, guards.scores(batch).T, strict=True))
 
 

@@ -7,7 +7,7 @@ Mahalanobis' under a normal distribution with a few free directions and one vari
 features standardised and bounded, by the root of their number: near 1 for the training images.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,11 +248,14 @@ def fit_guards(
     network = feature_network(backbone, (len(fit_rows) + len(check_rows)) * kinds + len(more))
     spec = backbone.preprocessing
     fit, check = (_made(part, network, spec, rng) for part in (fit_rows, check_rows))
-    seen, pixels = [], []
-    for image in _images(more, spec):
-        seen.append(_features(image, network, spec))
-        pixels.append(pixel_scores(image, spec))
-    plain = np.asarray(seen)
+    pixels = []
+
+    def measured() -> Iterator[Image.Image]:
+        for image in _images(more, spec):
+            pixels.append(pixel_scores(image, spec))
+            yield image
+
+    plain = _features(measured(), network, spec)
     with threadpool_limits(1):
         weight, bias = _detectors(fit)
         distance = Distance.fitted(_joined(fit, _GOOD))
@@ -303,20 +306,26 @@ def _images(frame: pd.DataFrame, spec: Preprocessing) -> Iterator[Image.Image]:
             raise TrainingError(f"{path} cannot be used: {error}") from error
 
 
-def _features(image: Image.Image, network: Network, spec: Preprocessing) -> Float64Array:
-    return np.asarray(network(preprocess(image, spec)[None])[0], dtype=np.float64)
+def _features(images: Iterable[Image.Image], network: Network, spec: Preprocessing) -> Float64Array:
+    """float64 `[images, features]`; the next images are made while the network is at work."""
+    vectors = network.each(preprocess(image, spec)[None] for image in images)
+    return np.concatenate(list(vectors)).astype(np.float64)
 
 
 def _made(
     frame: pd.DataFrame, network: Network, spec: Preprocessing, rng: np.random.Generator
 ) -> dict[str, Float64Array]:
     """Features of some images, of all kinds of copies of them, and of as many that are none."""
-    rows: dict[str, list[Float64Array]] = {kind: [] for kind in (*_CHANGES, _NONE)}
-    for image in _images(frame, spec):
-        for kind, change in _CHANGES.items():
-            rows[kind].append(_features(change(image, rng), network, spec))
-        rows[_NONE].append(_features(copies.no_radiograph(rng), network, spec))
-    return {kind: np.asarray(found) for kind, found in rows.items()}
+    kinds = (*_CHANGES, _NONE)
+
+    def copied() -> Iterator[Image.Image]:
+        for image in _images(frame, spec):
+            for change in _CHANGES.values():
+                yield change(image, rng)
+            yield copies.no_radiograph(rng)
+
+    found = _features(copied(), network, spec)
+    return {kind: found[number :: len(kinds)] for number, kind in enumerate(kinds)}
 
 
 def _detectors(made: Mapping[str, Float64Array]) -> tuple[Float64Array, Float64Array]:
