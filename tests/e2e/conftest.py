@@ -19,6 +19,7 @@ from support.charts import CHART
 from support.cluster import Gateway, Namespace, run, setting, wait_for
 from support.figures import report
 from support.keys import KeyPair, make_keys
+from support.prometheus import Prometheus
 
 BUCKET = "cxr-e2e"
 NAMESPACE = "cxr-e2e"
@@ -88,6 +89,11 @@ def models(
 @pytest.fixture(scope="session")
 def gateway() -> Gateway:
     return Gateway(setting("CXR_E2E_GATEWAY_ADDRESS", "host:port of the gateway"), HOST, GRPC_HOST)
+
+
+@pytest.fixture(scope="session")
+def prometheus() -> Prometheus:
+    return Prometheus(NAMESPACE)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from support.bundles import encoded_image
 from support.chaos import (
     RATE,
+    STUTTER,
     Promise,
     Storm,
     delayed,
@@ -25,8 +28,10 @@ from support.chaos import (
     packet_rules,
     pod_behind,
     ready_pod,
+    workers,
 )
 from support.cluster import Gateway, Namespace, run, setting, wait_for
+from support.prometheus import Prometheus
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -68,15 +73,7 @@ def whole(pair: Namespace) -> float:
 
 
 def test_a_killed_worker(pair: Namespace, storm: MakeStorm) -> None:
-    kill = (
-        "import os, pathlib, signal\n"
-        "for folder in pathlib.Path('/proc').glob('[0-9]*'):\n"
-        "    if int(folder.name) == os.getpid(): continue\n"
-        "    try: command = (folder / 'cmdline').read_bytes()\n"
-        "    except OSError: continue\n"
-        "    if b'cxr_server/worker.py' in command:\n"
-        "        os.kill(int(folder.name), signal.SIGKILL)\n"
-    )
+    kill = workers("os.kill(int(pid), signal.SIGKILL)")
     with storm() as load:
         for _ in range(3):
             pair.execute("python", "-c", kill)
@@ -265,6 +262,42 @@ def test_memory_until_the_limit(pair: Namespace, storm: MakeStorm) -> None:
 
 
 @pytest.mark.long
+def test_a_container_out_of_memory(pair: Namespace, storm: MakeStorm) -> None:
+    """Memory that is nobody's fills the container, so that the kernel ends the server itself."""
+    victim = pair.ready_pods()[0]
+    # A file in memory counts for the container and for none of its processes.
+    leak = (
+        "import os, pathlib\n"
+        "pathlib.Path('/proc/1/oom_score_adj').write_text('1000')\n"
+        "file = os.memfd_create('leak')\n"
+        "while True: os.write(file, bytes(2**24))\n"
+    )
+
+    def ended() -> dict[str, Any]:
+        (status,) = pair.get("pod", victim)["status"]["containerStatuses"]
+        found: dict[str, Any] = status["lastState"].get("terminated", {})
+        return found
+
+    with storm() as load:
+        pair.kubectl(
+            "exec", victim, "-c", "kserve-container", "--", "python", "-c", leak, check=False
+        )
+        killed = time.time()
+        wait_for(ended, "end of the container")
+        back = whole(pair)
+    assert ended()["reason"] == "OOMKilled"
+    most = int(RATE * NOTICE_SECONDS)
+    after = load.failed_after(killed + NOTICE_SECONDS)
+    keep(
+        "container out of memory",
+        Promise(f"at most {most} failed, none after {NOTICE_SECONDS:g} s", failures=most),
+        load,
+        f"OOMKilled; {after} failed later; the same pod ready again {back:.0f} s later",
+    )
+    assert after == 0
+
+
+@pytest.mark.long
 def test_slow_clients(pair: Namespace, storm: MakeStorm, gateway: Gateway) -> None:
     """A hundred connections that send a byte a second of their request."""
     host, _, port = gateway.address.partition(":")
@@ -309,3 +342,62 @@ def test_a_restarted_gateway(pair: Namespace, storm: MakeStorm, gateway: Gateway
     )
     assert after == 0
     assert gateway.rest("/v2/health/ready").status == 200
+
+
+@pytest.mark.long
+def test_alerts_keep_their_clock(
+    pair: Namespace, storm: MakeStorm, prometheus: Prometheus, tmp_path: Path
+) -> None:
+    """An alert waits to fire while the pod that caused it is killed and the gateway restarts.
+
+    What the pod has counted must stay in the windows, so that the alert neither begins anew nor is
+    forgotten.
+    """
+    alert, window, delay = "CXRLatencyBudgetBurn", 60, 15
+    values = tmp_path / "rules.yaml"
+    burn = {"long": f"{window}s", "short": f"{window}s", "factor": 0.5, "for": f"{delay}s"}
+    monitoring = {
+        "podMonitor": {"enabled": True, "interval": "5s"},
+        "rules": {"enabled": True},
+        "slo": {
+            "period": "10m",
+            "minimumFailures": 2,
+            "burnRates": [{**burn, "severity": "critical"}],
+        },
+    }
+    values.write_text(yaml.safe_dump({"monitoring": monitoring}), encoding="utf-8")
+    pair.upgrade(flags=("-f", str(values)))
+    ready = f'sum(cxr_ready{{namespace="{pair.name}"}})'
+    wait_for(lambda: prometheus.value(ready) == 2, "scrape", 180)
+    namespace, _, name = setting("CXR_E2E_GATEWAY", "namespace/name").partition("/")
+    victim = pair.ready_pods()[0]
+    with storm() as load:
+        deadline = time.monotonic() + 180
+        while (began := prometheus.active_since(alert)) is None:
+            assert time.monotonic() < deadline, "no alert"
+            pair.kubectl("exec", victim, "-c", "kserve-container", "--", "python", "-c", STUTTER)
+            slow = time.time()
+        pair.kubectl("delete", "pod", victim, "--grace-period=0", "--force")
+        run("kubectl", "-n", namespace, "rollout", "restart", f"deploy/{name}")
+        wait_for(lambda: alert in prometheus.alerts(), "alert that fires")
+        fired = time.time()
+        kept = prometheus.active_since(alert)
+        run("kubectl", "-n", namespace, "rollout", "status", f"deploy/{name}", "--timeout=120s")
+        wait_for(lambda: prometheus.active_since(alert) is None, "end of the alert", 180)
+        cleared = time.time()
+        whole(pair)
+    assert kept == began
+    # Until the last slow request has left the window; two scrapes and evaluations are its edges.
+    assert cleared - slow > window - 20
+    most = int(RATE * (NOTICE_SECONDS + 10))
+    keep(
+        "pod killed and gateway restarted while an alert waits",
+        Promise(
+            f"fires {delay} s after it began, not anew; clear when the window of {window} s is "
+            f"over; at most {most} failed",
+            failures=most,
+        ),
+        load,
+        f"fired {fired - began:.0f} s after it began, clear {cleared - slow:.0f} s after the last "
+        "slow request",
+    )

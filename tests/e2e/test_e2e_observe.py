@@ -6,15 +6,18 @@ Windows are shortened by values, so that alerts fire and clear within a test.
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
-import urllib3
 import yaml
 
+from cxr_loadtests.results import load_result
+from support.chaos import STUTTER, workers
 from support.charts import CHART
 from support.cluster import Gateway, Load, Namespace, setting, wait_for
 from support.figures import report
+from support.loadtests import loadtest, write_inputs
+from support.prometheus import Prometheus
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -39,38 +42,6 @@ SHORT = {
 }
 # Only after something went wrong, or with hardware that is not everywhere.
 EVENTS = ("GPU utilisation", "GPU memory", "Alerts")
-
-
-class Prometheus:
-    """The cluster's, from here."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._pool = urllib3.PoolManager(retries=3)
-
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        """What a query gives now: labels under `metric`, the number under `value`."""
-        response = self._pool.request(
-            "POST", f"{self._url}/api/v1/query", fields={"query": expression}
-        )
-        assert response.status == 200, f"{expression}\n{response.data[:500]!r}"
-        found: list[dict[str, Any]] = response.json()["data"]["result"]
-        return found
-
-    def value(self, expression: str) -> float:
-        """The one number of a query; NaN where there is none."""
-        found = self.query(expression)
-        return float(found[0]["value"][1]) if found else float("nan")
-
-    def alerts(self) -> set[str]:
-        """Names of the alerts that fire."""
-        firing = self.query('ALERTS{namespace="cxr-e2e", alertstate="firing"}')
-        return {item["metric"]["alertname"] for item in firing}
-
-
-@pytest.fixture(scope="module")
-def prometheus() -> Prometheus:
-    return Prometheus(setting("CXR_E2E_PROMETHEUS_URL", "URL of Prometheus, from here"))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +88,26 @@ def test_the_servers_count_what_the_clients_count(
     assert prometheus.value(requests) - before == sent
     assert not load.failures
     report("counts", f"clients {sent}, servers {sent}")
+
+
+def test_a_load_test_reconciles_with_prometheus(
+    observed: Namespace, gateway: Gateway, tmp_path: Path
+) -> None:
+    done = loadtest(
+        "run",
+        f"--host=http://{gateway.address}",
+        f"--host-header={gateway.host}",
+        f"--prometheus={setting('CXR_E2E_PROMETHEUS_URL', 'URL of Prometheus, from here')}",
+        f'--selector=namespace="{observed.name}"',
+        "--shape=closed",
+        *write_inputs(tmp_path),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = load_result(tmp_path / "out")
+    counts = result.reconciliation
+    assert counts is not None
+    assert counts.sent == counts.counted > 5
+    assert {series.group for series in result.server} == {"stages", "replicas", "queue", "memory"}
 
 
 def test_every_panel_has_data(
@@ -199,16 +190,11 @@ def test_latency_is_an_alert(
     observed: Namespace, gateway: Gateway, image: bytes, prometheus: Prometheus
 ) -> None:
     """Workers that stand still for three seconds, again and again."""
-    stutter = (
-        workers("stopped.append(int(pid)); os.kill(int(pid), signal.SIGSTOP)")
-        + "time.sleep(3.5)\n"
-        + "for pid in stopped: os.kill(pid, signal.SIGCONT)\n"
-    )
     with Load(gateway, image) as load:
         start = time.monotonic()
         while "CXRLatencyBudgetBurn" not in prometheus.alerts():
             assert time.monotonic() - start < 120, "no alert"
-            observed.execute("python", "-c", stutter)
+            observed.execute("python", "-c", STUTTER)
         fired = time.monotonic() - start
     assert not load.failures
     with Load(gateway, image):
@@ -229,19 +215,3 @@ def test_a_bad_model_is_an_alert(
         cleared = wait_until_clear(prometheus, "CXRModelNotLoading")
     report("bad model", f"alert after {fired:.0f} s, clear {cleared:.0f} s later")
     assert not load.failures
-
-
-def workers(action: str) -> str:
-    """A program that does something to each process that runs the model."""
-    marks = ("model_service_worker", "cxr_server/worker.py")
-    return (
-        "import os, pathlib, signal, time\n"
-        "stopped = []\n"
-        "for folder in pathlib.Path('/proc').glob('[0-9]*'):\n"
-        "    pid = folder.name\n"
-        "    if int(pid) == os.getpid(): continue\n"
-        "    try: command = (folder / 'cmdline').read_bytes().decode()\n"
-        "    except OSError: continue\n"
-        f"    if any(mark in command for mark in {marks}):\n"
-        f"        {action}\n"
-    )

@@ -163,6 +163,30 @@ def keep(fault: str, promise: Promise, storm: Storm, more: str = "") -> None:
         assert p99 <= promise.p99, observed
 
 
+def workers(action: str) -> str:
+    """A program that does something to each process that runs the model, `pid`."""
+    marks = ("model_service_worker", "cxr_server/worker.py")
+    return (
+        "import os, pathlib, signal, time\n"
+        "stopped = []\n"
+        "for folder in pathlib.Path('/proc').glob('[0-9]*'):\n"
+        "    pid = folder.name\n"
+        "    if int(pid) == os.getpid(): continue\n"
+        "    try: command = (folder / 'cmdline').read_bytes().decode()\n"
+        "    except OSError: continue\n"
+        f"    if any(mark in command for mark in {marks}):\n"
+        f"        {action}\n"
+    )
+
+
+# The processes that run the model stand still for a while.
+STUTTER = (
+    workers("stopped.append(int(pid)); os.kill(int(pid), signal.SIGSTOP)")
+    + "time.sleep(3.5)\n"
+    + "for pid in stopped: os.kill(pid, signal.SIGCONT)\n"
+)
+
+
 def process_of(pod: dict[str, Any]) -> int:
     """A process of a pod, whose network can be entered; this machine must be the pod's node."""
     uid = pod["metadata"]["uid"].replace("-", "[-_]")
