@@ -15,7 +15,7 @@ def nothing(*_: Any, **__: Any) -> None:
 for kind, methods in ((Counter, ("inc",)), (Gauge, ("inc", "dec")), (Histogram, ("observe",))):
     for method in methods:
         setattr(kind, method, nothing)
-for method in ("compared", "predicted"):
+for method in ("request", "arrived", "image", "compared", "predicted"):
     setattr(Metrics, method, nothing)
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 
 from prometheus_client import (
     CollectorRegistry,
@@ -64,6 +65,7 @@ class Metrics:
     def __init__(self, config: ModelConfig, settings: Settings) -> None:
         self.registry = CollectorRegistry()
         self._uncounted: deque[Callable[[], None]] = deque()
+        self._counting = Lock()
         # The first one: the others are asked after it.
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -216,12 +218,10 @@ class Metrics:
 
     def count(self) -> None:
         """Count what was put off; any thread may ask."""
-        while True:
-            try:
-                counting = self._uncounted.popleft()
-            except IndexError:
-                return
-            counting()
+        # One that begins while another thread counts comes back when that has counted all, too.
+        with self._counting:
+            while self._uncounted:
+                self._uncounted.popleft()()
 
     def _later(self, counting: Callable[[], None]) -> None:
         self._uncounted.append(counting)

@@ -43,6 +43,20 @@ def key(metric: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
     return metric, frozenset(labels.items())
 
 
+def test_a_scrape_of_one_name_is_up_to_date_soon(server: Server) -> None:
+    """An answer is counted when all metrics are asked for, or within a second or so."""
+    name = "cxr_prediction_confidence_count"
+
+    def count() -> float:
+        text = httpx.get(server.metrics, params={"name[]": name}).text
+        (family,) = text_string_to_metric_families(text)
+        return next(sample.value for sample in family.samples if sample.name == name)
+
+    before = count()
+    assert httpx.post(server.rest + V1, content=v1_body([GOOD])).status_code == 200
+    server.wait_for("the answer's count", lambda: count() == before + 1, 30)
+
+
 def test_counters(server: Server, bundle: Path, scrape: Callable[[], Samples]) -> None:
     before = scrape()
     with httpx.Client(base_url=server.rest) as http:
