@@ -172,14 +172,22 @@ def test_a_day_of_a_thousand_replicas() -> None:
 
 
 def test_the_replicas_of_the_measured_case_are_predicted_within_15_per_cent() -> None:
-    """Figures of a cluster; docs/reliability.md says what they are, and how far off p95 is."""
+    """Figures of a cluster; docs/reliability.md says what they are, and that its p95 is luck."""
     recorded = json.loads(MEASURED.read_text(encoding="utf-8"))
     one = measured_service(Result.model_validate_json(json.dumps(recorded["steps"])), 1)
     case = Case.model_validate(recorded["case"])
+    measured = recorded["measured"]
     for exact in (True, False):
-        outcome = simulate(case.rate(), one, case.scaling, case.seconds, exact=exact)
-        assert outcome.mean_ready == pytest.approx(recorded["measured"]["replicas"], rel=0.15)
-        assert max(outcome.ready) == recorded["measured"]["most"]
+        outcomes = [
+            simulate(case.rate(), one, case.scaling, case.seconds, exact=exact, seed=seed)
+            for seed in range(12)
+        ]
+        mean = np.mean([outcome.mean_ready for outcome in outcomes])
+        assert mean == pytest.approx(measured["replicas"], rel=0.15)
+        assert {max(outcome.ready) for outcome in outcomes} == {measured["most"]}
+        if exact:
+            p95s = [outcome.percentile(0.95) for outcome in outcomes]
+            assert min(p95s) < measured["p95"] < max(p95s)
 
 
 class TestCommand:
