@@ -1,8 +1,9 @@
 """Cross-validation of a recipe: by patient, by image beside it, and by left-out source.
 
-Whatever is chosen or calibrated is chosen on the training folds: the free parameters of a head and
-its temperature by folds within them, the end of a fine-tuning by a part of them. Beside every
-figure stands that of a forest on trivial numbers of the files, which never see the lung.
+Whatever is chosen or calibrated is chosen on the training folds: the free parameters of a head, the
+size of the input and the temperature by folds within them, the end of a fine-tuning by a part of
+them. Beside every figure stands that of a forest on trivial numbers of the files, which never see
+the lung.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from cxr_training.backbones import Backbone
 from cxr_training.baselines import fold_splits, trivial_features, trivial_predictions
 from cxr_training.data import SplitKind, grouped_folds, leave_one_source_out
 from cxr_training.errors import TrainingError
@@ -26,7 +26,7 @@ from cxr_training.model import (
     frozen_features,
     text,
 )
-from cxr_training.recipes import Recipe
+from cxr_training.recipes import Recipe, candidates
 from cxr_training.runs import recipe_backbone
 
 Float64Array = npt.NDArray[np.float64]
@@ -79,10 +79,12 @@ class Validator:
         """
         self.frame, self.recipe, self.cache = frame, recipe, cache
         self.labels = tuple(sorted({str(name) for name in frame["label"]}))
-        self._backbone: Backbone = recipe_backbone(recipe)
-        self._features: FrozenFeatures | None = None
+        self._frozen: list[tuple[Recipe, FrozenFeatures]] = []
         if recipe.finetune is None:
-            self._features = frozen_features(frame, self._backbone, recipe, cache)
+            self._frozen = [
+                (each, frozen_features(frame, recipe_backbone(each), each, cache))
+                for each in candidates(recipe)
+            ]
 
     def out_of_fold(self, folds: int, *, seed: int, kind: SplitKind) -> Predictions:
         """Predict every image by a model that was fitted without its fold.
@@ -122,13 +124,17 @@ class Validator:
         Raises:
             TrainingError: the data does not allow training.
         """
-        if self._features is None:
+        if self.recipe.finetune is not None:
             labels, found = self._finetuned(frame, training, test, seed)
         else:
             rows = frame[training]
-            head, selection = fit_frozen(self.recipe, rows, self._features.of(training), seed=seed)
+            fitted = [
+                (*fit_frozen(recipe, rows, features.of(training), seed=seed), features)
+                for recipe, features in self._frozen
+            ]
+            head, selection, features = min(fitted, key=lambda each: each[1].log_loss)
             head, _ = calibrated(self.recipe, head, selection.out_of_fold, text(rows["label"]))
-            labels, found = head.labels, head.predict_proba(self._features.plain[test])
+            labels, found = head.labels, head.predict_proba(features.plain[test])
         columns = [self.labels.index(name) for name in labels]
         probabilities = np.zeros((len(found), len(self.labels)))
         probabilities[:, columns] = found

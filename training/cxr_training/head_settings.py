@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 # a hundred thousand.
 LOGISTIC_GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 SVM_GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RBF_GRID = (0.3, 1.0, 3.0, 10.0, 30.0)
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -40,6 +41,20 @@ class SvmSettings(_Settings):
 
     kind: Literal["svm"] = "svm"
     c: Annotated[tuple[Positive, ...], Field(min_length=1)] = SVM_GRID
+
+
+class RbfSettings(_Settings):
+    """Support vector machines with a Gaussian kernel, one class against the rest.
+
+    The kernel's `gamma` is scikit-learn's `scale`: on standardised features, one over their number.
+    Calibrated as :class:`SvmSettings` are.
+
+    Attributes:
+        c: costs of an error to choose from.
+    """
+
+    kind: Literal["rbf"] = "rbf"
+    c: Annotated[tuple[Positive, ...], Field(min_length=1)] = RBF_GRID
 
 
 class SoftmaxSettings(_Settings):
@@ -101,6 +116,7 @@ class AverageSettings(_Settings):
 HeadSettings = Annotated[
     LogisticSettings
     | SvmSettings
+    | RbfSettings
     | SoftmaxSettings
     | TreeSettings
     | ForestSettings
@@ -114,12 +130,14 @@ _WORDS = {
     "logistic": "standardised multinomial logistic regression, folded into one linear layer",
     "svm": "standardised linear support vector machines with calibrated probabilities, folded into "
     "one linear layer",
+    "rbf": "standardised support vector machines with a Gaussian kernel and calibrated "
+    "probabilities",
     "softmax": "standardised linear layer and softmax, trained by gradient descent",
     "tree": "decision tree",
     "forest": "AdaBoost of random forests",
     "finetuned": "linear layer and softmax, trained together with the network",
 }
-HEAD_KINDS = ("logistic", "svm", "softmax", "tree", "forest", "average")
+HEAD_KINDS = ("logistic", "svm", "rbf", "softmax", "tree", "forest", "average")
 
 
 def describe(kind: str, members: tuple["HeadSettings", ...] = ()) -> str:

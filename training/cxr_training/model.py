@@ -20,7 +20,7 @@ from cxr_training.heads import (
     fit_head,
 )
 from cxr_training.processes import processes
-from cxr_training.recipes import Balance, Recipe
+from cxr_training.recipes import Balance, Recipe, candidates
 from cxr_training.runs import Epoch, HeadSelection, recipe_backbone
 from cxr_training.tabular import tabular_inputs
 
@@ -33,6 +33,7 @@ class Model:
     """A fitted model.
 
     Attributes:
+        recipe: what was fitted, at the size that was chosen.
         backbone: the feature extractor.
         head: the head, calibrated as the recipe says.
         selection: how the head was chosen.
@@ -40,6 +41,7 @@ class Model:
         tabular: whether age, sex and view are inputs too.
     """
 
+    recipe: Recipe
     backbone: Backbone
     head: Head
     selection: HeadSelection
@@ -98,20 +100,25 @@ def fit_model(
     """
     if recipe.finetune is not None:
         return _finetuned(recipe, training, validation, seed=seed, cache=cache, file=checkpoint)
-    backbone = recipe_backbone(recipe)
-    features = frozen_features(training, backbone, recipe, cache)
-    if tabular:
-        features = _beside(features, tabular_inputs(training))
-    head, selection = fit_frozen(recipe, training, features, seed=seed)
+    choices = []
+    for candidate in candidates(recipe):
+        backbone = recipe_backbone(candidate)
+        features = frozen_features(training, backbone, candidate, cache)
+        if tabular:
+            features = _beside(features, tabular_inputs(training))
+        choices.append((candidate, backbone, *fit_frozen(candidate, training, features, seed=seed)))
+    chosen, backbone, head, selection = min(choices, key=lambda choice: choice[-1].log_loss)
+    size = {"size": chosen.preprocessing["height"]} if recipe.sizes else {}
     inputs = model_inputs(validation, backbone, tabular=tabular, cache=cache)
     head, calibration = _calibrated_on(recipe, head, inputs, validation)
     return Model(
+        recipe=chosen,
         backbone=backbone,
         head=head,
         selection=HeadSelection(
             kind=recipe.head.kind,
             folds=selection.folds,
-            parameters=dict(selection.parameters),
+            parameters=size | dict(selection.parameters),
             log_loss=selection.log_loss,
             accuracy=selection.accuracy,
             **calibration,
@@ -159,6 +166,7 @@ def _finetuned(
     head, calibration = _calibrated_on(recipe, result.head, inputs, validation)
     best = result.history[result.best - 1]
     return Model(
+        recipe=recipe,
         backbone=result.backbone,
         head=head,
         selection=HeadSelection(

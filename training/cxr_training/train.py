@@ -83,12 +83,12 @@ def train(
         DataError: the manifest is not valid, or too small to split.
         OSError: the run folder cannot be written.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    chosen = adapted(chosen, backbone=backbone, weights=weights)
+    given = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    given = adapted(given, backbone=backbone, weights=weights)
     settings = _settings(
-        name=name, version=version, seed=seed, split=split, tabular=tabular, recipe=chosen
+        name=name, version=version, seed=seed, split=split, tabular=tabular, recipe=given
     )
-    if tabular and chosen.finetune is not None:
+    if tabular and given.finetune is not None:
         raise TrainingError("Age, sex and view can stand beside frozen features only.")
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; a run is written to a folder.")
@@ -97,7 +97,7 @@ def train(
     parts = {part: frame[frame["split"] == part] for part in SPLITS}
     checkpoint = out / CHECKPOINT_FILE
     model = fit_model(
-        chosen,
+        given,
         parts["train"],
         parts["validation"],
         seed=seed,
@@ -105,6 +105,7 @@ def train(
         cache=cache,
         checkpoint=checkpoint,
     )
+    chosen = model.recipe
     on_validation = model.predict_proba(parts["validation"], cache=cache)
     names = text(parts["validation"]["label"])
     thresholds = choose_thresholds(on_validation, names, model.head.labels)
@@ -126,7 +127,7 @@ def train(
         )
     run = Run(
         record=RunRecord(
-            settings=settings,
+            settings=settings.model_copy(update={"recipe": chosen}),
             preprocessing=model.backbone.preprocessing,
             backbone_fingerprint=model.backbone.fingerprint,
             labels=model.head.labels,

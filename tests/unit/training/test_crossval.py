@@ -12,7 +12,9 @@ from cxr_training.data import DataError, write_manifest
 from cxr_training.errors import TrainingError
 from cxr_training.folds import compare_folds, read_folds, write_folds
 from cxr_training.head_settings import LogisticSettings
-from cxr_training.recipes import Recipe
+from cxr_training.model import fit_frozen, frozen_features
+from cxr_training.recipes import Recipe, candidates
+from cxr_training.runs import recipe_backbone
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,23 @@ def test_nothing_is_learnt_from_the_test_fold(
     other = frame.copy()
     other.loc[test, "label"] = np.roll(other.loc[test, "label"], 1)
     np.testing.assert_array_equal(validator.predict(other, ~test, test, seed=0), expected)
+
+
+def test_the_size_is_chosen_by_folds_of_the_training_images(
+    frame: pd.DataFrame, recipe: Recipe, cache: Path
+) -> None:
+    sized = recipe.model_copy(update={"preprocessing": {}, "sizes": (16, 64)})
+    test = np.arange(len(frame)) % 4 == 0
+    losses, answers = [], []
+    for one in candidates(sized):
+        features = frozen_features(frame, recipe_backbone(one), one, cache)
+        _, selection = fit_frozen(one, frame[~test], features.of(~test), seed=0)
+        losses.append(selection.log_loss)
+        answers.append(Validator(frame, one, cache=cache).predict(frame, ~test, test, seed=0))
+    found = Validator(frame, sized, cache=cache).predict(frame, ~test, test, seed=0)
+    chosen = int(np.argmin(losses))
+    np.testing.assert_array_equal(found, answers[chosen])
+    assert np.abs(found - answers[1 - chosen]).max() > 0
 
 
 def test_each_source_is_tested_by_a_model_that_has_not_seen_it(

@@ -17,6 +17,7 @@ from cxr_training.heads import AverageHead, CalibratedHead, Head, HeadSettings, 
 HEADS: dict[str, dict[str, object]] = {
     "logistic": {"kind": "logistic", "c": [1e-3]},
     "svm": {"kind": "svm", "c": [1e-4]},
+    "rbf": {"kind": "rbf", "c": [1.0]},
     "softmax": {"kind": "softmax", "epochs": [3]},
     "tree": {"kind": "tree", "leaf": [3]},
     "forest": {"kind": "forest", "boosts": 2, "trees": 5, "depth": 3},
@@ -119,7 +120,9 @@ def test_every_head_answers_in_onnx_on_all_blocks(kind: str, small: Backbone) ->
     head = _heads(features)[kind]
     answers, evidence = _answers(_session(small, head), images, explain=True)
     np.testing.assert_allclose(answers, head.predict_proba(features), atol=1e-4)
-    if kind not in ("tree", "forest"):
+    if kind in ("rbf", "tree", "forest"):
+        assert evidence.shape == (12, 2, CELLS, CELLS)
+    else:
         assert evidence.shape == (12, 2, GRID, GRID)
         _add_up(small, head, features, evidence)
 

@@ -93,6 +93,7 @@ def test_a_class_of_one_patient_is_not_enough() -> None:
 QUICK: dict[str, dict[str, object]] = {
     "logistic": {"kind": "logistic", "c": [1e-3, 1e-2]},
     "svm": {"kind": "svm", "c": [1e-4, 1e-3]},
+    "rbf": {"kind": "rbf", "c": [1, 10]},
     "softmax": {"kind": "softmax", "epochs": [2, 8], "learning_rate": 1e-3},
     "tree": {"kind": "tree", "leaf": [5, 10]},
     "forest": {"kind": "forest", "boosts": 2, "trees": 10, "depth": 3},
@@ -131,7 +132,7 @@ def _in_onnx_runtime(head: Head, features: npt.NDArray[np.float64]) -> npt.NDArr
 
 @pytest.mark.parametrize(
     ("kind", "classes"),
-    [*((kind, 3) for kind in HEAD_KINDS), ("logistic", 2), ("svm", 2), ("forest", 2)],
+    [*((kind, 3) for kind in HEAD_KINDS), ("logistic", 2), ("svm", 2), ("rbf", 2), ("forest", 2)],
 )
 def test_every_head_is_the_same_on_disk_and_in_onnx(kind: str, classes: int) -> None:
     head, _, (features, labels, _) = _fitted(kind, classes)

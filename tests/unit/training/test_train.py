@@ -10,8 +10,10 @@ from efficientnet_lite_pytorch import EfficientNet
 
 from cxr_training.data import DataError, assign_splits, write_manifest
 from cxr_training.errors import TrainingError
+from cxr_training.export import export
+from cxr_training.head_settings import RbfSettings
 from cxr_training.model import sample_weights
-from cxr_training.recipes import Recipe
+from cxr_training.recipes import Recipe, candidates
 from cxr_training.runs import Run, load_run
 from cxr_training.train import evaluate, predict_proba, train
 
@@ -61,6 +63,28 @@ def test_the_same_seed_gives_the_same_run(
         assert (tmp_path / "run" / name).read_bytes() == (run_folder / name).read_bytes()
     again = train_again(shuffled, tmp_path / "other")
     assert again.record.training_data == load_run(run_folder).record.training_data
+
+
+def test_the_run_has_the_size_that_its_training_images_chose(
+    frame: pd.DataFrame, recipe: Recipe, cache: Path, tmp_path: Path
+) -> None:
+    rbf = RbfSettings(kind="rbf", c=(1.0, 10.0))
+    sized = recipe.model_copy(update={"preprocessing": {}, "sizes": (16, 64), "head": rbf})
+    run = train(frame, tmp_path / "run", recipe=sized, cache=cache)
+    alone = {
+        one.preprocessing["height"]: train(frame, tmp_path / "one", recipe=one, cache=cache)
+        for one in candidates(sized)
+    }
+    best = min(alone, key=lambda size: alone[size].record.head.log_loss)
+    assert run.record.head.parameters["size"] == best
+    assert (run.record.preprocessing.height, run.record.preprocessing.width) == (best, best)
+    # What is evaluated and exported later is made from the record.
+    again = load_run(tmp_path / "run")
+    assert evaluate(again, cache=cache) == evaluate(alone[best], cache=cache)
+    report = export(tmp_path / "run", tmp_path / "bundle")
+    assert report.max_difference <= 1e-4
+    assert report.config.preprocessing.height == best
+    assert f"size = {best}" in report.config.architecture.head
 
 
 def test_nothing_is_learnt_from_the_test_split(

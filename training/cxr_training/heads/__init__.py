@@ -10,6 +10,7 @@ from cxr_training.heads.fit import balanced_weights, fit_head
 from cxr_training.heads.fitted import (
     AverageHead,
     CalibratedHead,
+    KernelHead,
     LinearHead,
     SlicedHead,
     TreeHead,
@@ -22,6 +23,7 @@ __all__ = [
     "CalibratedHead",
     "Head",
     "HeadSettings",
+    "KernelHead",
     "LinearHead",
     "Selection",
     "SlicedHead",

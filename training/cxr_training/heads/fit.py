@@ -1,7 +1,7 @@
 """Fitting a head: its free parameters by grouped cross-validation, then the head itself."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -19,13 +19,26 @@ from cxr_training.head_settings import (
     ForestSettings,
     HeadSettings,
     LogisticSettings,
+    RbfSettings,
     SoftmaxSettings,
     SvmSettings,
     TreeSettings,
 )
 from cxr_training.heads.base import Features, Float64Array, Head, Labels, Selection
-from cxr_training.heads.fitted import AverageHead, CalibratedHead, LinearHead, SlicedHead
-from cxr_training.heads.linear import fit_logistic, fit_scale_and_shift, fit_softmax, fit_svm
+from cxr_training.heads.fitted import (
+    AverageHead,
+    CalibratedHead,
+    KernelHead,
+    LinearHead,
+    SlicedHead,
+)
+from cxr_training.heads.linear import (
+    fit_logistic,
+    fit_rbf,
+    fit_scale_and_shift,
+    fit_softmax,
+    fit_svm,
+)
 from cxr_training.heads.projection import Projection
 from cxr_training.heads.trees import Trees, fit_forest, fit_tree
 
@@ -106,12 +119,12 @@ def _cooled(probabilities: Float64Array, task: _Task) -> _Calibration:
 
 
 def _shifted(probabilities: Float64Array, task: _Task) -> _Calibration:
-    """Calibrate a linear head by one scale of its logits and a shift for each class."""
+    """Calibrate a support vector machine by one scale of its logits and a shift for each class."""
     scale, shift = fit_scale_and_shift(np.log(probabilities), task.labels, task.weights)
 
     def applied(head: Head) -> Head:
-        assert isinstance(head, LinearHead)  # noqa: S101 - the fitters with this calibration
-        return LinearHead(head.labels, scale * head.weight, scale * head.bias + shift)
+        assert isinstance(head, LinearHead | KernelHead)  # noqa: S101 - its fitters
+        return replace(head, weight=scale * head.weight, bias=scale * head.bias + shift)
 
     return _Calibration(np.asarray(softmax(scale * np.log(probabilities) + shift, axis=1)), applied)
 
@@ -208,8 +221,9 @@ def _fit(settings: HeadSettings, task: _Task) -> tuple[Head, Selection]:
     fitter: Fitter
     if isinstance(settings, LogisticSettings):
         return _chosen("c", settings.c, fit_logistic, task)
-    if isinstance(settings, SvmSettings):
-        return _chosen("c", settings.c, fit_svm, task, calibrate=_shifted)
+    if isinstance(settings, SvmSettings | RbfSettings):
+        fitter = fit_svm if settings.kind == "svm" else fit_rbf
+        return _chosen("c", settings.c, fitter, task, calibrate=_shifted)
     if isinstance(settings, SoftmaxSettings):
         fitter = partial(fit_softmax, settings=settings, seed=task.seed)
         return _chosen("epochs", settings.epochs, fitter, task)

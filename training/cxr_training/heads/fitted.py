@@ -9,12 +9,15 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 from scipy.special import softmax
+from sklearn.metrics.pairwise import rbf_kernel
 
 from cxr_training.calibration import SMALLEST_PROBABILITY, apply_temperature
 from cxr_training.heads.base import Features, Float64Array, Head, State
 from cxr_training.heads.graph import FEATURES, PROBABILITIES, GraphBuilder
 
 Margins = tuple[Float64Array, Float64Array] | None
+
+_KERNEL_ARRAYS = ("mean", "scale", "vectors", "weight", "bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,61 @@ class LinearHead:
     def state(self) -> State:
         """Arrays of :class:`Head`."""
         return _state("linear", self.labels, weight=self.weight, bias=self.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class KernelHead:
+    """One linear layer and a softmax, on the likeness of an image to images of the training.
+
+    The likeness is `exp(-|u - v|^2)`, where `u` are the image's features and `v` the other's, both
+    standardised and divided by the root of their number.
+
+    Attributes:
+        labels: class names, in the order of the rows of `weight`.
+        mean: what is taken off the features, float64 `[features]`.
+        scale: what they are then divided by, float64 `[features]`, above 0.
+        vectors: the support vectors, so transformed, float64 `[vectors, features]`.
+        weight: float64 `[classes, vectors]`.
+        bias: float64 `[classes]`.
+    """
+
+    labels: tuple[str, ...]
+    mean: Float64Array
+    scale: Float64Array
+    vectors: Float64Array
+    weight: Float64Array
+    bias: Float64Array
+    smooth = True
+
+    def predict_proba(self, features: Features) -> Float64Array:
+        """Probabilities of :class:`Head`."""
+        own = (np.asarray(features, dtype=np.float64) - self.mean) / self.scale
+        likeness = rbf_kernel(own, self.vectors, gamma=1.0)
+        return np.asarray(softmax(likeness @ self.weight.T + self.bias, axis=1))
+
+    def add_to(self, graph: GraphBuilder, features: str) -> str:
+        """Nodes of :class:`Head`."""
+        centred = graph.node("Sub", [features, graph.constant(self.mean)])
+        own = graph.node("Div", [centred, graph.constant(self.scale)])
+        # -|u - v|^2 = 2uv - |v|^2 - |u|^2
+        lengths = graph.constant(-np.square(self.vectors).sum(axis=1))
+        product = graph.node(
+            "Gemm", [own, graph.constant(self.vectors), lengths], alpha=2.0, transB=1
+        )
+        length = graph.node("ReduceSumSquare", [own], axes=[1], keepdims=1)
+        likeness = graph.node("Exp", [graph.node("Sub", [product, length])])
+        weight, bias = graph.constant(self.weight), graph.constant(self.bias)
+        logits = graph.node("Gemm", [likeness, weight, bias], transB=1)
+        return graph.node("Softmax", [logits], axis=1)
+
+    def margins(self, feature_count: int) -> Margins:  # noqa: ARG002 - there is none
+        """Margins of :class:`Head`."""
+        return None
+
+    def state(self) -> State:
+        """Arrays of :class:`Head`."""
+        arrays = {name: getattr(self, name) for name in _KERNEL_ARRAYS}
+        return _state("kernel", self.labels, **arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +297,8 @@ def head_from_state(state: Mapping[str, npt.NDArray[np.generic]]) -> Head:
     inner = [head_from_state(part) for part in _parts(state)]
     if kind == "linear":
         return LinearHead(labels, np.asarray(state["weight"]), np.asarray(state["bias"]))
+    if kind == "kernel":
+        return KernelHead(labels, *(np.asarray(state[name]) for name in _KERNEL_ARRAYS))
     if kind == "tree":
         return TreeHead(labels, np.asarray(state["model"]).tobytes())
     if kind == "calibrated":

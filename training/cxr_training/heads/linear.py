@@ -1,4 +1,4 @@
-"""Linear heads: each ends as one linear layer on features that are not standardised."""
+"""Linear heads, each one linear layer on features not standardised, and machines with a kernel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +9,12 @@ from scipy.linalg import eigh
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVC
 
 from cxr_training.head_settings import SoftmaxSettings
 from cxr_training.heads.base import Float64Array, Labels
-from cxr_training.heads.fitted import LinearHead
+from cxr_training.heads.fitted import KernelHead, LinearHead
 
 _MAX_ITERATIONS = 5000
 _RANK_TOLERANCE = 1e-10
@@ -129,6 +130,44 @@ def fit_svm(
             rows.append(model.dual_coef_[0] @ standardised.values[model.support_])
             offsets.append(model.intercept_[0])
         return standardised.head(classes, np.stack(rows), np.asarray(offsets))
+
+    return fitted
+
+
+def fit_rbf(
+    features: Float64Array, labels: Labels, weights: Float64Array
+) -> Callable[[float], KernelHead]:
+    """Support vector machines with a Gaussian kernel, one class against the rest, for a cost.
+
+    The logits are the machines' decision values; they are not yet calibrated.
+
+    Args:
+        features: `[images, features]`.
+        labels: class name per image.
+        weights: weight per image.
+    """
+    standardised = _Standardised.of(features)
+    root = np.sqrt(features.shape[1])
+    vectors = standardised.values / root
+    kernel = rbf_kernel(vectors, gamma=1.0)
+    classes = np.unique(labels)
+
+    def fitted(c: float) -> KernelHead:
+        weight, bias = np.zeros((len(classes), len(vectors))), np.zeros(len(classes))
+        for row, name in enumerate(classes):
+            model = SVC(kernel="precomputed", C=c)
+            model.fit(kernel, labels == name, sample_weight=weights)
+            weight[row, model.support_] = model.dual_coef_[0]
+            bias[row] = model.intercept_[0]
+        used = weight.any(axis=0)
+        return KernelHead(
+            tuple(str(name) for name in classes),
+            standardised.mean,
+            standardised.scale * root,
+            vectors[used],
+            weight[:, used],
+            bias,
+        )
 
     return fitted
 

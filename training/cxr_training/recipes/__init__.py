@@ -172,6 +172,8 @@ class Recipe(_Settings):
         weights: `imagenet`, `none`, or the path of a state dict (of one network).
         preprocessing: fields of :class:`cxr.preprocess.Preprocessing` that differ from the first
             network's own.
+        sizes: pixels on a side of a square input, to choose from by the head's log loss in folds
+            of the training images; empty leaves the size to `preprocessing`.
         flip: average the features of an image and its mirror image.
         copies: augmented copies of the training images, for frozen features.
         remove: what the head must not see.
@@ -190,6 +192,7 @@ class Recipe(_Settings):
     backbones: Annotated[tuple[BackboneSettings, ...], Field(min_length=1)]
     weights: str = "imagenet"
     preprocessing: dict[str, Any] = {}
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
     flip: bool = False
     copies: Copies | None = None
     remove: Removal = Removal()
@@ -208,6 +211,10 @@ class Recipe(_Settings):
             raise ValueError("copies are for frozen features; finetune.augmentation draws anew")
         if self.remove.copies and self.copies is None:
             raise ValueError("remove.copies needs copies")
+        if self.sizes and not {"height", "width"}.isdisjoint(self.preprocessing):
+            raise ValueError("sizes replace the height and width of preprocessing; leave those out")
+        if self.finetune is not None and self.sizes:
+            raise ValueError("sizes are for frozen features; a network is trained at one")
         if self.finetune is not None and self.remove != Removal():
             raise ValueError("remove is for frozen features; leave it out")
         if self.finetune is not None and self.head != LogisticSettings():
@@ -269,6 +276,19 @@ def adapted(recipe: Recipe, *, backbone: str | None = None, weights: str | None 
         return Recipe.model_validate(recipe.model_dump(exclude_unset=True) | changes)
     except ValidationError as error:
         raise TrainingError(f"The recipe is not valid so: {first_error(error)}.") from error
+
+
+def candidates(recipe: Recipe) -> tuple[Recipe, ...]:
+    """What a recipe leaves to choose from: one recipe for each of its sizes, or itself."""
+    return tuple(
+        recipe.model_copy(
+            update={
+                "preprocessing": recipe.preprocessing | {"height": size, "width": size},
+                "sizes": (),
+            }
+        )
+        for size in recipe.sizes
+    ) or (recipe,)
 
 
 def first_error(error: ValidationError) -> str:
