@@ -278,7 +278,7 @@ def follow_the_load(
     )
     installed.rolled_out()
     with Load(gateway, image, rest_users=8) as load:
-        up = wait_for(lambda: len(installed.ready_pods()) == 2, "second replica under load", 240)
+        up = wait_for(lambda: len(installed.ready_pods()) == 2, "second replica under load", 330)
         installed.upgrade(update)
         installed.rolled_out()
         assert len(installed.ready_pods()) == 2
