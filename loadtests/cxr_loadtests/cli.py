@@ -174,15 +174,23 @@ def run(
 @loadtest.command(context_settings={"show_default": True})
 @click.option("--master", required=True, help="Where `cxr loadtest run --workers` runs.")
 @click.option("--port", default=_PORT, type=click.IntRange(1, 65535))
-def worker(*, master: str, port: int) -> None:
+@click.option(
+    "--wait",
+    default=300.0,
+    # Locust itself does not wait longer.
+    type=click.FloatRange(0, 300, min_open=True),
+    help="Seconds within which it must be there.",
+)
+def worker(*, master: str, port: int, wait: float) -> None:
     """Send requests for `cxr loadtest run --workers N` on another machine.
 
-    It gets the profile, the images and the expected answers from there.
+    It gets the profile, the images and the expected answers from there. Exit code 2 when there is
+    no master, or it goes before the run is over.
     """
     from cxr_loadtests.drive import work  # noqa: PLC0415
 
     try:
-        work(master, port)
+        work(master, port, wait, click.echo)
     except LoadTestError as error:
         raise _stop(str(error)) from error
 

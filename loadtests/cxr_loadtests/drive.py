@@ -12,7 +12,8 @@ import signal  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
-from typing import Any  # noqa: E402
+from types import TracebackType  # noqa: E402
+from typing import Any, Self  # noqa: E402
 
 import gevent  # noqa: E402
 from gevent.event import Event  # noqa: E402
@@ -58,6 +59,7 @@ class State:
 
     Attributes:
         interrupted: whether the run is to end now.
+        over: whether it has come to its end.
         recorder: what they saw.
         rate: requests a second that this process sends in the open model.
         think: whether clients of the closed model pause.
@@ -65,6 +67,7 @@ class State:
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.over = False
         self.recorder = Recorder()
         self.rate = 0.0
         self.think = True
@@ -96,6 +99,10 @@ class State:
     def phase(self, environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG002 - Locust's names
         """Hear of a new phase from the master."""
         self.rate, self.think = msg.data["rate"], msg.data["think"]
+
+    def finish(self, environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG002 - Locust's names
+        """Hear from the master that the run is over."""
+        self.over = True
 
     def ask(
         self, rest: RestClient, grpc: GrpcClient | None, request: Request, start: float
@@ -254,12 +261,13 @@ class _Schedule(locust.LoadTestShape):
         """The load of now; None at the end."""
         now = time.time()
         if state.interrupted:
-            self.end()
+            self._finish()
             return None
         if self._phase is None or now - self._began >= self._phase.seconds:
             self.end()
             self._phase = self._next()
             if self._phase is None:
+                self._finish()
                 return None
             self._begin(self._phase)
             model = ClosedUser if self._phase.users is not None else ArrivalUser
@@ -274,6 +282,12 @@ class _Schedule(locust.LoadTestShape):
             min(float(users), _AT_ONCE),
             [ClosedUser if self._phase.users is not None else ArrivalUser],
         )
+
+    def _finish(self) -> None:
+        self.end()
+        assert self.runner is not None  # noqa: S101 - `drive` has set it
+        # Before Locust lets the users stop: workers hear nothing while they do.
+        self.runner.send_message("over", {})
 
     def end(self) -> None:
         """The current phase is over."""
@@ -341,49 +355,127 @@ class _Schedule(locust.LoadTestShape):
             )
 
 
-def drive(
-    plan: Plan,
-    shape: Shape,
-    *,
-    workers: int = 0,
-    port: int = DEFAULT_PORT,
-    say: Callable[[str], None],
-) -> Driven:
+class Crew:
+    """Who sends the requests: this process, or workers, which may come before there is a plan.
+
+    As a context, it lets the workers go at the end, also where there was no run.
+    """
+
+    def __init__(self, workers: int = 0, port: int = DEFAULT_PORT) -> None:
+        """Wait for workers from now on.
+
+        Args:
+            workers: processes that send the requests, as `work`; without any, this one does.
+            port: on which this process waits for workers.
+        """
+        self.workers = workers
+        self.environment = Environment(user_classes=[ClosedUser, ArrivalUser])
+        self._plan: Plan | None = None
+        self._asked: set[str] = set()
+        self._have: set[str] = set()
+        self._ended: set[str] = set()
+        # A worker that comes in place of a lost one does not make the run whole.
+        self._expected: set[str] = set()
+        if not workers:
+            self.runner: Any = self.environment.create_local_runner()
+            self.runner.register_message("phase", state.phase)
+            self.runner.register_message("over", state.finish)
+            return
+        self.runner = self.environment.create_master_runner("*", port)
+        self.runner.register_message("need-plan", self._need)
+        self.runner.register_message("have-plan", self._has)
+        self.runner.register_message("end", self._end_of)
+        self.environment.events.worker_report.add_listener(_merge)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.runner.quit()
+
+    @property
+    def lost(self) -> int:
+        """Workers that began, and have not sent their last report."""
+        return len(self._expected - self._ended)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process had too much to do to send in time."""
+        clients = self.runner.clients.values() if self.workers else []
+        return bool(
+            self.runner.cpu_warning_emitted or any(client.cpu_warning_emitted for client in clients)
+        )
+
+    def hand_out(self, plan: Plan) -> None:
+        """Give every worker the plan, and wait until all have it.
+
+        Raises:
+            LoadTestError: they do not come.
+        """
+        self._plan = plan
+        for node in tuple(self._asked):
+            self._send_plan(node)
+        end = time.monotonic() + _WORKERS_SECONDS
+        while len(self._have) < self.workers:
+            if time.monotonic() > end:
+                raise LoadTestError(
+                    f"Only {len(self._have)} of {self.workers} workers came within "
+                    f"{_WORKERS_SECONDS:g} s."
+                )
+            gevent.sleep(0.2)
+        self._expected = set(self._have)
+
+    def stop(self, timeout: float) -> None:
+        """End the load, and wait for the last reports.
+
+        Args:
+            timeout: seconds that a request may take.
+        """
+        self.runner.stop()
+        end = time.monotonic() + timeout + _LAST_REPORT_SECONDS
+        while self.lost and time.monotonic() < end:
+            gevent.sleep(0.1)
+
+    def _send_plan(self, node: str) -> None:
+        assert self._plan is not None  # noqa: S101 - its callers have looked
+        self.runner.send_message("plan", self._plan.to_document(), client_id=node)
+
+    def _need(self, environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG002 - Locust's names
+        self._asked.add(msg.node_id)
+        if self._plan is not None:
+            self._send_plan(msg.node_id)
+
+    def _has(self, environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG002
+        self._have.add(msg.node_id)
+
+    def _end_of(self, environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG002
+        state.recorder.merge(msg.data)
+        self._ended.add(msg.node_id)
+
+
+def drive(plan: Plan, shape: Shape, crew: Crew, say: Callable[[str], None]) -> Driven:
     """Run a shape against a service; SIGINT ends it early.
 
     Args:
         plan: what is asked.
         shape: how much.
-        workers: processes that send the requests, as `work`; without any, this one does.
-        port: on which this process waits for workers.
+        crew: who sends the requests.
         say: is told when each phase begins, and how it went.
 
     Raises:
         LoadTestError: the workers do not come, or the knee was not found.
     """
-    schedule = _Schedule(shape, max(1, workers), say)
-    environment = Environment(
-        user_classes=[ClosedUser, ArrivalUser],
-        shape_class=schedule,
-        stop_timeout=plan.profile.timeout_seconds,
-    )
+    schedule = _Schedule(shape, max(1, crew.workers), say)
+    runner = crew.runner
+    crew.environment.shape_class = schedule
+    crew.environment.stop_timeout = plan.profile.timeout_seconds
     state.take(plan)
-    # A worker that comes in place of a lost one does not make the run whole.
-    expected: set[str] = set()
-    ended: set[str] = set()
-
-    def end_of(environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG001 - Locust's names
-        state.recorder.merge(msg.data)
-        ended.add(msg.node_id)
-
-    if workers:
-        runner: Any = environment.create_master_runner("*", port)
-        runner.register_message("end", end_of)
-        expected = _hand_out(runner, plan, workers)
-        environment.events.worker_report.add_listener(_merge)  # type: ignore[no-untyped-call]
-    else:
-        runner = environment.create_local_runner()
-        runner.register_message("phase", state.phase)
+    crew.hand_out(plan)
     schedule.runner = runner
     problems: list[BaseException] = []
     handler = gevent.signal_handler(signal.SIGINT, state.interrupt)
@@ -393,17 +485,8 @@ def drive(
     walker.join()
     schedule.end()
     handler.cancel()
-    busy = bool(
-        runner.cpu_warning_emitted
-        or any(client.cpu_warning_emitted for client in runner.clients.values())
-        if workers
-        else runner.cpu_warning_emitted
-    )
-    runner.stop()
-    end = time.monotonic() + plan.profile.timeout_seconds + _LAST_REPORT_SECONDS
-    while not expected <= ended and time.monotonic() < end:
-        gevent.sleep(0.1)
-    runner.quit()
+    busy = crew.busy
+    crew.stop(plan.profile.timeout_seconds)
     if problems:
         raise LoadTestError(str(problems[0])) from problems[0]
     recorder = state.recorder
@@ -416,8 +499,8 @@ def drive(
         ],
         sent=recorder.started,
         generator=Generator(
-            workers=max(1, workers),
-            lost=len(expected - ended),
+            workers=max(1, crew.workers),
+            lost=crew.lost,
             busy=busy,
             lag_p99=percentile(recorder.lags, 0.99),
             unfinished=recorder.started - recorder.finished,
@@ -425,17 +508,28 @@ def drive(
     )
 
 
-def work(master: str, port: int) -> None:
+def work(master: str, port: int, wait: float, say: Callable[[str], None]) -> None:
     """Send requests for a master until it says that the run is over.
 
+    Args:
+        master: host name or address.
+        port: of the master.
+        wait: seconds within which it must be there.
+        say: is told when it is.
+
     Raises:
-        LoadTestError: there is no master.
+        LoadTestError: there is no master, or it is gone before the run is over.
     """
     environment = Environment(user_classes=[ClosedUser, ArrivalUser])
+    none = LoadTestError(f"There was no master at {master}:{port} within {wait:g} s.")
     try:
-        runner: WorkerRunner = environment.create_worker_runner(master, port)
-    except (OSError, ConnectionError) as error:
-        raise LoadTestError(f"There is no master at {master}:{port}.") from error
+        with gevent.Timeout(wait, none):
+            runner: WorkerRunner = environment.create_worker_runner(master, port)
+    except OSError as error:
+        raise none from error
+    say(f"The master at {master}:{port} is there.")
+    # Locust counts from the first sign of life, which may never come.
+    runner.last_heartbeat_timestamp = time.time()
     environment.events.report_to_master.add_listener(_report)  # type: ignore[no-untyped-call]
 
     def take(environment: Any, msg: Any, **_: Any) -> None:
@@ -445,6 +539,7 @@ def work(master: str, port: int) -> None:
         runner.send_message("have-plan", {})
 
     runner.register_message("plan", take)
+    runner.register_message("over", state.finish)
     runner.register_message("phase", state.phase)
     # Asked for, because what comes before the handler is there would be lost.
     runner.send_message("need-plan", {})
@@ -455,6 +550,10 @@ def work(master: str, port: int) -> None:
         pass
     runner.send_message("end", state.recorder.drain())
     gevent.sleep(1)
+    if not state.over:
+        raise LoadTestError(
+            f"The master at {master}:{port} ended, or fell silent, before the run was over."
+        )
 
 
 def _report(client_id: str, data: dict[str, Any]) -> None:  # noqa: ARG001 - Locust's names
@@ -463,28 +562,6 @@ def _report(client_id: str, data: dict[str, Any]) -> None:  # noqa: ARG001 - Loc
 
 def _merge(client_id: str, data: dict[str, Any]) -> None:  # noqa: ARG001
     state.recorder.merge(data["cxr"])
-
-
-def _hand_out(runner: Any, plan: Plan, workers: int) -> set[str]:
-    """Give every worker the plan, and wait until all have it; which they are."""
-    have: set[str] = set()
-
-    def need(environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG001
-        runner.send_message("plan", plan.to_document(), client_id=msg.node_id)
-
-    def has(environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG001
-        have.add(msg.node_id)
-
-    runner.register_message("need-plan", need)
-    runner.register_message("have-plan", has)
-    end = time.monotonic() + _WORKERS_SECONDS
-    while len(have) < workers:
-        if time.monotonic() > end:
-            raise LoadTestError(
-                f"Only {len(have)} of {workers} workers came within {_WORKERS_SECONDS:g} s."
-            )
-        gevent.sleep(0.2)
-    return set(have)
 
 
 def _bins(recorder: Recorder) -> list[BinRecord]:

@@ -1,7 +1,7 @@
 """A run from beginning to end: prepare, drive, count, judge, write."""
 
 # First: Locust replaces blocking calls in the whole process.
-from cxr_loadtests.drive import Driven, drive  # isort: skip
+from cxr_loadtests.drive import Crew, Driven, drive  # isort: skip
 
 import time
 from collections.abc import Callable, Sequence
@@ -89,21 +89,23 @@ def _measured(job: Job, say: Callable[[str], None]) -> Result:
     target, profile = job.target, job.profile
     assert target is not None  # noqa: S101 - `execute` has made one
     samples = make_samples(profile.images, job.images, profile.seed)
-    if job.archives:
-        reference = from_archives(job.archives, samples)
-    else:
-        reference = from_service(target, profile.timeout_seconds, samples)
-    scenarios, left_out = choose_scenarios(profile, job.scenarios, target, reference)
-    for sentence in left_out:
-        say(sentence)
-    workers = max(1, job.workers)
-    plan = Plan(target, profile, samples, reference.expectations, scenarios, workers)
-    before = scrape(job.metrics) if job.metrics else Counts()
-    if job.prometheus is not None:
-        # The requests for the reference do not count.
-        job.prometheus.wait_for_scrape()
-    started = time.time()
-    driven = drive(plan, job.shape, workers=job.workers, port=job.port, say=say)
+    # Workers that come now hear so if there is nothing for them to do.
+    with Crew(job.workers, job.port) as crew:
+        if job.archives:
+            reference = from_archives(job.archives, samples)
+        else:
+            reference = from_service(target, profile.timeout_seconds, samples)
+        scenarios, left_out = choose_scenarios(profile, job.scenarios, target, reference)
+        for sentence in left_out:
+            say(sentence)
+        workers = max(1, crew.workers)
+        plan = Plan(target, profile, samples, reference.expectations, scenarios, workers)
+        before = scrape(job.metrics) if job.metrics else Counts()
+        if job.prometheus is not None:
+            # The requests for the reference do not count.
+            job.prometheus.wait_for_scrape()
+        started = time.time()
+        driven = drive(plan, job.shape, crew, say)
     result = Result(
         tool=cxr.__version__,
         shape=job.shape_name,

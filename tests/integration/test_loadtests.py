@@ -3,11 +3,15 @@
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import urllib3
@@ -16,8 +20,30 @@ from cxr_archive.packager import pack
 from cxr_loadtests.histogram import seconds_of
 from cxr_loadtests.results import load_result
 from support.bundles import make_bundle
-from support.loadtests import LENIENT, loadtest, verdict_of, write_inputs
+from support.loadtests import LENIENT, PROFILE, loadtest, verdict_of, write_inputs
 from support.servers import CXR, Server, free_port, serving
+
+CAPTURED: dict[str, Any] = {
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.PIPE,
+    "text": True,
+    "env": {**os.environ, "PYTHONUNBUFFERED": "1"},
+}
+
+
+@contextmanager
+def joined(port: int, silence: int = 60) -> Iterator["subprocess.Popen[str]"]:
+    """A worker; a master that is silent for so many seconds is gone (Locust's default: 60)."""
+    words = ["loadtest", "worker", "--master=127.0.0.1", f"--port={port}"]
+    code = f"""import locust.runners
+from cxr.cli import main
+locust.runners.MASTER_HEARTBEAT_TIMEOUT = {silence}
+main({words})"""
+    with subprocess.Popen([sys.executable, "-c", code], **CAPTURED) as worker:
+        try:
+            yield worker
+        finally:
+            worker.kill()
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +226,52 @@ def test_a_lost_worker_fails_the_run_though_another_has_come(plain: Server, tmp_
     whole = verdict_of(tmp_path)["the load generator is whole"]
     assert not whole["passed"]
     assert "1 workers lost" in whole["observed"]
+
+
+def test_workers_end_when_their_master_finds_no_service(tmp_path: Path) -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"--host=http://127.0.0.1:{silent.getsockname()[1]}"
+        options = ["--shape=closed", "--workers=2", f"--port={port}", *write_inputs(tmp_path)]
+        patient = json.dumps({**PROFILE, "timeout_seconds": 100})
+        (tmp_path / "profile.yaml").write_text(patient, encoding="utf-8")
+        with (
+            joined(port) as worker,
+            subprocess.Popen([CXR, "loadtest", "run", address, *options], **CAPTURED) as master,
+        ):
+            assert worker.stdout is not None
+            # The master is still asking a service that accepts connections, and no more.
+            assert "is there" in worker.stdout.readline()
+            silent.close()
+            refusal = master.communicate(timeout=60)[1]
+            said = worker.communicate(timeout=60)[1]
+    assert "does not answer an image before the load" in refusal
+    assert (master.returncode, worker.returncode) == (2, 2)
+    assert "Traceback" not in said
+    assert "ended, or fell silent, before the run was over" in said
+
+
+def test_workers_end_when_their_master_is_killed(plain: Server, tmp_path: Path) -> None:
+    port = free_port()
+    options = ["--shape=open", "--workers=1", f"--port={port}", *write_inputs(tmp_path)]
+    command = [CXR, "loadtest", "run", *addresses(plain), *options]
+    with (
+        joined(port, silence=3) as worker,
+        subprocess.Popen(command, **CAPTURED) as master,
+    ):
+        assert master.stdout is not None
+        assert any("begins" in line for line in master.stdout)
+        master.kill()
+        said = worker.communicate(timeout=60)[1]
+    assert worker.returncode == 2
+    assert "ended, or fell silent, before the run was over" in said
+
+
+def test_a_worker_without_a_master_ends(tmp_path: Path) -> None:
+    done = loadtest("worker", "--master=127.0.0.1", f"--port={free_port()}", "--wait=1")
+    assert done.returncode == 2
+    assert "There was no master" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

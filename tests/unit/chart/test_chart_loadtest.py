@@ -77,6 +77,12 @@ def test_a_distributed_run_with_everything(chart: Chart) -> None:
     assert "--rate=12.5" in words
     assert arguments_of(workers) == ["loadtest", "worker", "--master=load-1", "--port=5557"]
     assert workers["spec"]["parallelism"] == workers["spec"]["completions"] == 4
+    # A worker's exit code where there is no master.
+    (rule,) = workers["spec"]["podFailurePolicy"]["rules"]
+    codes = {"containerName": "worker", "operator": "In", "values": [2]}
+    assert rule == {"action": "FailJob", "onExitCodes": codes}
+    (worker,) = workers["spec"]["template"]["spec"]["containers"]
+    assert worker["name"] == "worker"
     service = objects["Service", "load-1"]["spec"]
     labels = run["spec"]["template"]["metadata"]["labels"]
     own = {"batch.kubernetes.io/job-name": "load-1"}
