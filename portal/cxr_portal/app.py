@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -114,6 +115,10 @@ def create_app(
     app.state.end = End()
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.include_router(api.router)
+    for route in api.router.routes:
+        if isinstance(route, APIRoute):
+            for method in route.methods or ():
+                metrics.expect(method, route.path)
     if PAGE.is_dir():
         app.mount("/", _Page(directory=PAGE, html=True), name="page")
     return app

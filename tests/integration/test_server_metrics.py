@@ -16,7 +16,7 @@ from cxr.config import load_config
 from cxr.engine import Engine
 from cxr_server.settings import RuntimeName, Settings
 from support.bundles import encoded_image
-from support.metrics import CATALOGUE, documented
+from support.metrics import CATALOGUE, PORTAL, assert_documented, documented, shown
 from support.protocols import V1, V2, grpc_request, v1_body, v2_document
 from support.servers import START_TIMEOUT, Server
 
@@ -149,27 +149,14 @@ def test_state(server: Server, bundle: Path, scrape: Callable[[], Samples]) -> N
 
 
 def test_the_catalogue_is_what_a_scrape_shows(server: Server) -> None:
-    catalogue = documented()
-    shown = {}
-    for family in text_string_to_metric_families(httpx.get(server.metrics).text):
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-        shown[name] = (family.type, labels)
-        assert family.documentation
+    metrics = shown(httpx.get(server.metrics).text)
+    own = {name for name in documented() if not name.startswith(PORTAL)}
     # Those of the container depend on where this runs.
-    assert {name for name in catalogue if name not in shown} <= {
-        "cxr_memory_working_set_bytes",
-        "cxr_memory_limit_bytes",
-    }
+    assert own - metrics.keys() <= {"cxr_memory_working_set_bytes", "cxr_memory_limit_bytes"}
+    of_torchserve = {name for name in metrics if not name.startswith(("cxr_", "process_"))}
     text = CATALOGUE.read_text(encoding="utf-8")
-    of_torchserve = {name for name in shown if not name.startswith(("cxr_", "process_"))}
     assert {name for name in of_torchserve if f"`{name}`" not in text} == set()
-    for name, (kind, labels) in shown.items():
-        if name in of_torchserve:
-            continue
-        assert catalogue[name][0] == kind, name
-        # A family that has counted nothing yet has no labels.
-        assert labels in (set(), catalogue[name][1]), name
+    assert_documented({name: metrics[name] for name in metrics.keys() - of_torchserve})
 
 
 def test_one_scrape_shows_torchserve_too(server: Server, scrape: Callable[[], Samples]) -> None:

@@ -19,6 +19,7 @@ from cxr.engine import Engine
 from integration.portal.conftest import MAX_IMAGE_BYTES, MAX_IMAGES
 from support.bundles import LABELS, encoded_image
 from support.dicoms import PATIENT, dicom_bytes
+from support.metrics import PORTAL, assert_documented, documented, shown
 from support.portals import Portal, files, portal
 from support.servers import CXR, Server, free_port, serving
 
@@ -289,12 +290,18 @@ class TestRequests:
     def test_metrics_are_those_of_the_catalogue(self, http: httpx.Client, gateway: Portal) -> None:
         ask(http, GOOD)
         ask(http, b"")
-        catalogue = (Path(__file__).parents[3] / "docs" / "portal.md").read_text(encoding="utf-8")
-        documented = set(re.findall(r"^\| `(cxr_portal_\w+)` \|", catalogue, re.M))
-        served = set(re.findall(r"^# TYPE (cxr_portal_\w+) ", gateway.metrics, re.M))
-        assert served == documented
+        metrics = shown(gateway.metrics)
+        assert {name for name in documented() if name.startswith(PORTAL)} <= metrics.keys()
+        assert_documented(metrics)
         assert 'cxr_portal_images_total{outcome="empty",way="request"}' in gateway.metrics
         assert f'route="{PREDICTIONS}"' in gateway.metrics
+
+    def test_failures_are_counted_from_the_first_one_on(self, gateway: Portal) -> None:
+        """Prometheus sees an increase only where there was a number before."""
+        for method, route in (("POST", PREDICTIONS), ("GET", "/v1/jobs/{job_id}")):
+            for code in (500, 502, 503, 504):
+                labels = f'code="{code}",method="{method}",route="{route}"'
+                assert f"cxr_portal_requests_total{{{labels}}} " in gateway.metrics
 
 
 class TestModelAway:
