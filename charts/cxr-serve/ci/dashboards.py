@@ -7,7 +7,7 @@ Words in capitals between two underscores are values, which the chart puts in th
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,23 +48,23 @@ class Panel:
     Attributes:
         title: what it shows.
         description: what it means, and when to worry.
-        queries: PromQL, and the legend of each.
+        queries: PromQL, by legend.
         unit: Grafana's name of the unit.
         single: one number instead of lines.
         steps: from which value which colour begins; the first one's value is not read.
         most: end of the axis, where there is one.
-        events_only: there is data only after something has gone wrong.
+        events_only: when there is data, where that is not always so under load.
         nothing: what to show without data.
     """
 
     title: str
     description: str
-    queries: Sequence[tuple[str, str]]
+    queries: Mapping[str, str]
     unit: str = "short"
     single: bool = False
     steps: Sequence[tuple[float | Value | None, str]] = ((None, GREEN),)
     most: float | None = None
-    events_only: bool = False
+    events_only: str = ""
     nothing: str = "no data: is the service scraped?"
 
 
@@ -86,13 +86,24 @@ class Board:
 
 
 def rate(metric: str, by: str, *labels: str, series: str = S) -> str:
-    """Events per second, by these labels."""
-    return f"sum by ({by}) (rate({metric}{{{', '.join((series, *labels))}}}{RATE}))"
+    """Events per second, by these labels or in all."""
+    events = f"(rate({metric}{{{', '.join((series, *labels))}}}{RATE}))"
+    return f"sum by ({by}) {events}" if by else f"sum{events}"
 
 
 def by_version(metric: str, *labels: str) -> str:
     """Events per second, by model version."""
     return f"sum by (version) (rate({metric}{{{', '.join((S, *labels))}}}{RATE}) {VERSION})"
+
+
+def mean(metric: str, by: str) -> str:
+    """Mean of what a histogram has counted, by these labels."""
+    return f"{rate(f'{metric}_sum', by)} / {rate(f'{metric}_count', by)}"
+
+
+def mean_by_version(metric: str, *labels: str) -> str:
+    """Mean of what a histogram has counted, by model version."""
+    return f"{by_version(f'{metric}_sum', *labels)} / {by_version(f'{metric}_count', *labels)}"
 
 
 def quantile(part: float, metric: str, by: str = "", *labels: str, series: str = S) -> str:
@@ -101,38 +112,62 @@ def quantile(part: float, metric: str, by: str = "", *labels: str, series: str =
     return f"histogram_quantile({part}, {rate(f'{metric}_bucket', groups, *labels, series=series)})"
 
 
-def budget_left(failed: str, objective: str) -> str:
-    """Part of the error budget of the period that is left."""
-    return (
-        f"1 - sum(cxr:{failed}:increase__PERIOD__{{{S}}})"
-        f" / (sum(cxr:requests:increase__PERIOD__{{{S}}}) * (1 - {objective}))"
+def quantiles(metric: str, *parts: float, series: str = S) -> dict[str, str]:
+    """Queries for quantiles of a histogram, by legend."""
+    return {f"p{round(100 * part)}": quantile(part, metric, series=series) for part in parts}
+
+
+def budget(
+    title: str,
+    description: str,
+    objective: str,
+    *,
+    failed: str = "cxr:requests_failed",
+    series: str = S,
+) -> Panel:
+    """What is left of the error budget of the period.
+
+    Args:
+        title: of the panel.
+        description: of the panel.
+        objective: name of the value that says it.
+        failed: the recording rule of what uses the budget up.
+        series: whose it is.
+    """
+    whole = f"{failed.partition(':')[0]}:requests"
+    used, requests = (f"sum({rule}:increase__PERIOD__{{{series}}})" for rule in (failed, whole))
+    return Panel(
+        title=title,
+        description=description,
+        queries={"left": f"1 - {used} / ({requests} * (1 - {objective}))"},
+        unit="percentunit",
+        single=True,
+        steps=[(None, RED), (0.01, YELLOW), (0.5, GREEN)],
+        nothing="no rules (monitoring.rules), or no requests",
     )
 
 
 READY = Panel(
     title="Ready replicas",
     description="Pods that answer. 0: every request fails; see __RUNBOOKS__/CXRNoReadyReplica.md",
-    queries=[(f"sum(cxr_ready{{{S}}})", "ready")],
+    queries={"ready": f"sum(cxr_ready{{{S}}})"},
     single=True,
     steps=[(None, RED), (1, GREEN)],
 )
 REQUESTS = Panel(
     title="Requests by answer",
     description="Per second, for predictions and explanations. 4xx: the client's fault; 5xx: ours.",
-    queries=[(rate("cxr_requests_total", "protocol, code", METHODS), "{{protocol}} {{code}}")],
+    queries={"{{protocol}} {{code}}": rate("cxr_requests_total", "protocol, code", METHODS)},
     unit="reqps",
 )
 FAILURES = Panel(
     title="Failed requests",
     description="Part that failed because of the service; see "
     "__RUNBOOKS__/CXRAvailabilityBudgetBurn.md",
-    queries=[
-        (
-            f"sum(rate(cxr_requests_total{{{S}, {METHODS}, {FAILED}}}{RATE}))"
-            f" / sum(rate(cxr_requests_total{{{S}, {METHODS}}}{RATE}))",
-            "failed",
-        )
-    ],
+    queries={
+        "failed": f"{rate('cxr_requests_total', '', METHODS, FAILED)}"
+        f" / {rate('cxr_requests_total', '', METHODS)}"
+    },
     unit="percentunit",
     steps=[(None, GREEN), (Value("UNAVAILABILITY"), RED)],
 )
@@ -140,32 +175,29 @@ LATENCY = Panel(
     title="Time to answer",
     description="From the first byte of the request to the answer; see "
     "__RUNBOOKS__/CXRLatencyBudgetBurn.md",
-    queries=[
-        (quantile(part, "cxr_request_duration_seconds"), f"p{round(100 * part)}")
-        for part in (0.5, 0.95, 0.99)
-    ],
+    queries=quantiles("cxr_request_duration_seconds", 0.5, 0.95, 0.99),
     unit="s",
 )
 QUEUE = Panel(
     title="Images that wait",
     description="By pod. They grow where more comes than is answered; see "
     "__RUNBOOKS__/CXRQueueSaturated.md",
-    queries=[(f"sum by (pod) (cxr_images_queued{{{S}}})", "{{pod}}")],
+    queries={"{{pod}}": f"sum by (pod) (cxr_images_queued{{{S}}})"},
 )
 IN_FLIGHT = Panel(
     title="Requests in flight",
     description="Being answered now, by pod. KEDA adds replicas by it.",
-    queries=[(f"sum by (pod) (cxr_requests_in_flight{{{S}}})", "{{pod}}")],
+    queries={"{{pod}}": f"sum by (pod) (cxr_requests_in_flight{{{S}}})"},
 )
 WORKERS = Panel(
     title="Workers with the model loaded",
     description="By pod; as many as cores, unless values say otherwise.",
-    queries=[(f"sum by (pod) (cxr_workers_ready{{{S}}})", "{{pod}}")],
+    queries={"{{pod}}": f"sum by (pod) (cxr_workers_ready{{{S}}})"},
 )
 RESTARTS = Panel(
     title="Worker restarts",
     description="In the last 15 minutes, by pod; see __RUNBOOKS__/CXRWorkerRestarts.md",
-    queries=[(f"sum by (pod) (increase(cxr_worker_restarts_total{{{S}}}[15m]))", "{{pod}}")],
+    queries={"{{pod}}": f"sum by (pod) (increase(cxr_worker_restarts_total{{{S}}}[15m]))"},
     steps=[(None, GREEN), (1, YELLOW), (Value("RESTARTS"), RED)],
 )
 
@@ -179,35 +211,27 @@ BOARDS = [
                 "Objectives",
                 [
                     READY,
-                    Panel(
-                        title="Availability budget left",
-                        description="Of __PERIOD__, at an objective of __AVAILABILITY__.",
-                        queries=[(budget_left("requests_failed", "__AVAILABILITY__"), "left")],
-                        unit="percentunit",
-                        single=True,
-                        steps=[(None, RED), (0.01, YELLOW), (0.5, GREEN)],
+                    budget(
+                        "Availability budget left",
+                        "Of __PERIOD__, at an objective of __AVAILABILITY__.",
+                        "__AVAILABILITY__",
                     ),
-                    Panel(
-                        title="Latency budget left",
-                        description="Of __PERIOD__: __LATENCY__ within __LATENCY_SECONDS__ s.",
-                        queries=[(budget_left("requests_slow", "__LATENCY__"), "left")],
-                        unit="percentunit",
-                        single=True,
-                        steps=[(None, RED), (0.01, YELLOW), (0.5, GREEN)],
+                    budget(
+                        "Latency budget left",
+                        "Of __PERIOD__: __LATENCY__ within __LATENCY_SECONDS__ s.",
+                        "__LATENCY__",
+                        failed="cxr:requests_slow",
                     ),
                     Panel(
                         title="Alerts",
-                        description="Pending and firing; each has a runbook in __RUNBOOKS__.",
-                        queries=[
-                            (
-                                'sum by (alertname) (ALERTS{namespace="$namespace", '
-                                'alertname=~"CXR.*", alertstate="firing"})',
-                                "{{alertname}}",
-                            )
-                        ],
+                        description="Those that fire; each has a runbook in __RUNBOOKS__.",
+                        queries={
+                            "{{alertname}}": 'sum by (alertname) (ALERTS{namespace="$namespace", '
+                            'alertname=~"CXR.*", alertstate="firing"})'
+                        },
                         single=True,
                         steps=[(None, GREEN), (1, RED)],
-                        events_only=True,
+                        events_only="while an alert fires",
                         nothing="none",
                     ),
                 ],
@@ -229,53 +253,37 @@ BOARDS = [
                         title="Mean time of each step",
                         description="Of an image: queue is waiting for a worker, and the way to it "
                         "and back; the others are the worker's own.",
-                        queries=[
-                            (
-                                f"{rate('cxr_stage_duration_seconds_sum', 'stage')}"
-                                f" / {rate('cxr_stage_duration_seconds_count', 'stage')}",
-                                "{{stage}}",
-                            )
-                        ],
+                        queries={"{{stage}}": mean("cxr_stage_duration_seconds", "stage")},
                         unit="s",
                     ),
                     Panel(
                         title="Images answered together",
                         description="Mean batch that an image was in: 1 on a CPU; more where the "
                         "archive asks for batches on a GPU, and load fills them.",
-                        queries=[
-                            (
-                                f"{rate('cxr_batch_images_sum', 'service')}"
-                                f" / {rate('cxr_batch_images_count', 'service')}",
-                                "{{service}}",
-                            )
-                        ],
+                        queries={"{{service}}": mean("cxr_batch_images", "service")},
                     ),
                     Panel(
                         title="Time to answer by protocol (p95)",
                         description="Slow over REST only: slow clients, whose bodies count.",
-                        queries=[
-                            (
-                                quantile(0.95, "cxr_request_duration_seconds", "protocol"),
-                                "{{protocol}}",
+                        queries={
+                            "{{protocol}}": quantile(
+                                0.95, "cxr_request_duration_seconds", "protocol"
                             )
-                        ],
+                        },
                         unit="s",
                     ),
                     Panel(
                         title="Images per request",
                         description="Average batch that clients send.",
-                        queries=[
-                            (
-                                f"sum(rate(cxr_images_total{{{S}}}{RATE}))"
-                                f" / sum(rate(cxr_requests_total{{{S}, {METHODS}}}{RATE}))",
-                                "images",
-                            )
-                        ],
+                        queries={
+                            "images": f"{rate('cxr_images_total', '')}"
+                            f" / {rate('cxr_requests_total', '', METHODS)}"
+                        },
                     ),
                     Panel(
                         title="Received images",
                         description="Bytes per second, as encoded.",
-                        queries=[(rate("cxr_received_bytes_total", "pod"), "{{pod}}")],
+                        queries={"{{pod}}": rate("cxr_received_bytes_total", "pod")},
                         unit="Bps",
                     ),
                 ],
@@ -288,13 +296,10 @@ BOARDS = [
                         title="Memory of the container",
                         description="What cannot be reclaimed, as part of the limit; see "
                         "__RUNBOOKS__/CXRMemoryNearLimit.md",
-                        queries=[
-                            (
-                                f"max by (pod) (cxr_memory_working_set_bytes{{{S}}}"
-                                f" / cxr_memory_limit_bytes{{{S}}})",
-                                "{{pod}}",
-                            )
-                        ],
+                        queries={
+                            "{{pod}}": f"max by (pod) (cxr_memory_working_set_bytes{{{S}}}"
+                            f" / cxr_memory_limit_bytes{{{S}}})"
+                        },
                         unit="percentunit",
                         steps=[(None, GREEN), (Value("MEMORY"), RED)],
                         most=1,
@@ -304,13 +309,13 @@ BOARDS = [
                         title="CPU of the serving process",
                         description="Cores, without workers and TorchServe. Near 1: the protocols "
                         "are the bottleneck; add replicas.",
-                        queries=[(rate("process_cpu_seconds_total", "pod"), "{{pod}}")],
+                        queries={"{{pod}}": rate("process_cpu_seconds_total", "pod")},
                         steps=[(None, GREEN), (0.8, YELLOW)],
                     ),
                     Panel(
                         title="Open files of the serving process",
                         description="Connections, mostly.",
-                        queries=[(f"sum by (pod) (process_open_fds{{{S}}})", "{{pod}}")],
+                        queries={"{{pod}}": f"sum by (pod) (process_open_fds{{{S}}})"},
                     ),
                 ],
             ),
@@ -328,32 +333,27 @@ BOARDS = [
                         title="Replicas",
                         description="Scraped and ready, and the most that values allow; see "
                         "__RUNBOOKS__/CXRReplicasAtMaximum.md",
-                        queries=[
-                            (f"count(up{{{S}}})", "there"),
-                            (f"sum(cxr_ready{{{S}}})", "ready"),
-                            ("vector(__MAX_REPLICAS__)", "most"),
-                        ],
+                        queries={
+                            "there": f"count(up{{{S}}})",
+                            "ready": f"sum(cxr_ready{{{S}}})",
+                            "most": "vector(__MAX_REPLICAS__)",
+                        },
                     ),
                     Panel(
                         title="In flight per replica",
                         description="What scaling.keda.inFlightPerReplica aims at.",
-                        queries=[
-                            (
-                                f"sum(cxr_requests_in_flight{{{S}}}) / sum(cxr_ready{{{S}}})",
-                                "in flight",
-                            )
-                        ],
+                        queries={
+                            "in flight": f"sum(cxr_requests_in_flight{{{S}}})"
+                            f" / sum(cxr_ready{{{S}}})"
+                        },
                     ),
                     Panel(
                         title="Queue, of its capacity",
                         description="At 1, images are turned away.",
-                        queries=[
-                            (
-                                f"max by (pod) (cxr_images_queued{{{S}}}"
-                                f" / cxr_queue_capacity_images{{{S}}})",
-                                "{{pod}}",
-                            )
-                        ],
+                        queries={
+                            "{{pod}}": f"max by (pod) (cxr_images_queued{{{S}}}"
+                            f" / cxr_queue_capacity_images{{{S}}})"
+                        },
                         unit="percentunit",
                         steps=[(None, GREEN), (Value("QUEUE"), RED)],
                         most=1,
@@ -361,13 +361,10 @@ BOARDS = [
                     Panel(
                         title="Requests per second and replica",
                         description="Compare with the capacity that load tests have shown.",
-                        queries=[
-                            (
-                                f"sum(rate(cxr_requests_total{{{S}, {METHODS}}}{RATE}))"
-                                f" / sum(cxr_ready{{{S}}})",
-                                "requests",
-                            )
-                        ],
+                        queries={
+                            "requests": f"{rate('cxr_requests_total', '', METHODS)}"
+                            f" / sum(cxr_ready{{{S}}})"
+                        },
                         unit="reqps",
                     ),
                 ],
@@ -379,23 +376,15 @@ BOARDS = [
                         title="Start of each pod, by step",
                         description="Seconds from the start of the process until it was ready; see "
                         "__RUNBOOKS__/CXRColdStartSlow.md",
-                        queries=[
-                            (
-                                f"max by (phase) (cxr_startup_phase_seconds{{{S}}})",
-                                "{{phase}}",
-                            )
-                        ],
+                        queries={"{{phase}}": f"max by (phase) (cxr_startup_phase_seconds{{{S}}})"},
                         unit="s",
                     ),
                     Panel(
                         title="Age of the pods",
                         description="Since the start of the process.",
-                        queries=[
-                            (
-                                f"time() - max by (pod) (process_start_time_seconds{{{S}}})",
-                                "{{pod}}",
-                            )
-                        ],
+                        queries={
+                            "{{pod}}": f"time() - max by (pod) (process_start_time_seconds{{{S}}})"
+                        },
                         unit="s",
                     ),
                 ],
@@ -406,29 +395,24 @@ BOARDS = [
                     Panel(
                         title="GPU utilisation",
                         description="Of the namespace's pods, where the exporter runs.",
-                        queries=[
-                            (
-                                'avg by (pod) (DCGM_FI_DEV_GPU_UTIL{namespace="$namespace"}) / 100',
-                                "{{pod}}",
-                            )
-                        ],
+                        queries={
+                            "{{pod}}": "avg by (pod) "
+                            '(DCGM_FI_DEV_GPU_UTIL{namespace="$namespace"}) / 100'
+                        },
                         unit="percentunit",
                         most=1,
-                        events_only=True,
-                        nothing="no GPU, or no DCGM exporter",
+                        events_only="where there is a GPU",
+                        nothing="no GPU, or no DCGM exporter that keeps its labels",
                     ),
                     Panel(
                         title="GPU memory",
                         description="Used, of the namespace's pods, where the exporter runs.",
-                        queries=[
-                            (
-                                'sum by (pod) (DCGM_FI_DEV_FB_USED{namespace="$namespace"})',
-                                "{{pod}}",
-                            )
-                        ],
+                        queries={
+                            "{{pod}}": 'sum by (pod) (DCGM_FI_DEV_FB_USED{namespace="$namespace"})'
+                        },
                         unit="decmbytes",
-                        events_only=True,
-                        nothing="no GPU, or no DCGM exporter",
+                        events_only="where there is a GPU",
+                        nothing="no GPU, or no DCGM exporter that keeps its labels",
                     ),
                 ],
             ),
@@ -446,23 +430,17 @@ BOARDS = [
                         title="Classes",
                         description="Part of the answers, by most probable class. A shift without "
                         "a reason in the clinic is a reason to look at the images.",
-                        queries=[
-                            (
-                                f"{rate('cxr_predictions_total', 'label')} / ignoring (label) "
-                                f"group_left sum(rate(cxr_predictions_total{{{S}}}{RATE}))",
-                                "{{label}}",
-                            )
-                        ],
+                        queries={
+                            "{{label}}": f"{rate('cxr_predictions_total', 'label')}"
+                            f" / ignoring (label) group_left {rate('cxr_predictions_total', '')}"
+                        },
                         unit="percentunit",
                         most=1,
                     ),
                     Panel(
                         title="Confidence",
                         description="Probability of the most probable class, from buckets.",
-                        queries=[
-                            (quantile(part, "cxr_prediction_confidence"), f"p{round(100 * part)}")
-                            for part in (0.1, 0.5, 0.9)
-                        ],
+                        queries=quantiles("cxr_prediction_confidence", 0.1, 0.5, 0.9),
                         unit="percentunit",
                         most=1,
                     ),
@@ -474,20 +452,17 @@ BOARDS = [
                     Panel(
                         title="Images by outcome",
                         description="Answered, or the reason of the rejection.",
-                        queries=[(rate("cxr_images_total", "outcome"), "{{outcome}}")],
+                        queries={"{{outcome}}": rate("cxr_images_total", "outcome")},
                         unit="ops",
                     ),
                     Panel(
                         title="Rejected images",
                         description="Part that could not be used; see "
                         "__RUNBOOKS__/CXRRejectionSurge.md",
-                        queries=[
-                            (
-                                f'sum(rate(cxr_images_total{{{S}, outcome!="answered"}}{RATE}))'
-                                f" / sum(rate(cxr_images_total{{{S}}}{RATE}))",
-                                "rejected",
-                            )
-                        ],
+                        queries={
+                            "rejected": rate("cxr_images_total", "", 'outcome!="answered"')
+                            + f" / {rate('cxr_images_total', '')}"
+                        },
                         unit="percentunit",
                         steps=[(None, GREEN), (Value("REJECTIONS"), RED)],
                     ),
@@ -495,14 +470,14 @@ BOARDS = [
                         title="Flagged images",
                         description="What the guards have found, by reason; one image can have "
                         "several.",
-                        queries=[(rate("cxr_images_flagged_total", "reason"), "{{reason}}")],
+                        queries={"{{reason}}": rate("cxr_images_flagged_total", "reason")},
                         unit="ops",
                     ),
                     Panel(
                         title="Scores of the guards",
                         description="The highest twentieth of each score, from buckets. A limit "
                         "of the model's makes it a reason.",
-                        queries=[(quantile(0.95, "cxr_quality_score", "score"), "{{score}}")],
+                        queries={"{{score}}": quantile(0.95, "cxr_quality_score", "score")},
                     ),
                 ],
             ),
@@ -513,9 +488,7 @@ BOARDS = [
                         title="Population stability index",
                         description="How far each number of the answers is from its distribution "
                         "in training; see __RUNBOOKS__/CXRDrift.md",
-                        queries=[
-                            (f"max by (summary) (cxr:drift_images:psi{{{S}}})", "{{summary}}")
-                        ],
+                        queries={"{{summary}}": f"max by (summary) (cxr:drift_images:psi{{{S}}})"},
                         steps=[(None, GREEN), (0.1, YELLOW), (Value("DRIFT"), RED)],
                         nothing="no rules (monitoring.rules), or a model without a reference",
                     ),
@@ -523,13 +496,10 @@ BOARDS = [
                         title="Distance from the training images",
                         description="Part of the images in each tenth of the training's "
                         "validation images, nearest first; 10 % each without drift.",
-                        queries=[
-                            (
-                                "avg by (bin) (cxr:drift_images:ratio"
-                                f'{{{S}, summary="out_of_distribution"}})',
-                                "{{bin}}",
-                            )
-                        ],
+                        queries={
+                            "{{bin}}": "avg by (bin) (cxr:drift_images:ratio"
+                            f'{{{S}, summary="out_of_distribution"}})'
+                        },
                         unit="percentunit",
                         nothing="no rules (monitoring.rules), or a model without guards",
                     ),
@@ -541,13 +511,10 @@ BOARDS = [
                     Panel(
                         title="Replicas by model",
                         description="Version, runtime and execution provider of what is served.",
-                        queries=[
-                            (
-                                "count by (name, version, runtime, provider) "
-                                f"(cxr_model_info{{{S}}})",
-                                "{{name}} {{version}} ({{runtime}}, {{provider}})",
-                            )
-                        ],
+                        queries={
+                            "{{name}} {{version}} ({{runtime}}, {{provider}})": "count by "
+                            f"(name, version, runtime, provider) (cxr_model_info{{{S}}})"
+                        },
                     )
                 ],
             ),
@@ -564,19 +531,16 @@ BOARDS = [
                     Panel(
                         title="Requests by version",
                         description="A canary gets the part that canary.weight says.",
-                        queries=[(by_version("cxr_requests_total", METHODS), "{{version}}")],
+                        queries={"{{version}}": by_version("cxr_requests_total", METHODS)},
                         unit="reqps",
                     ),
                     Panel(
                         title="Failed requests by version",
                         description="Part that failed because of the service.",
-                        queries=[
-                            (
-                                f"{by_version('cxr_requests_total', METHODS, FAILED)}"
-                                f" / {by_version('cxr_requests_total', METHODS)}",
-                                "{{version}}",
-                            )
-                        ],
+                        queries={
+                            "{{version}}": f"{by_version('cxr_requests_total', METHODS, FAILED)}"
+                            f" / {by_version('cxr_requests_total', METHODS)}"
+                        },
                         unit="percentunit",
                         steps=[(None, GREEN), (Value("UNAVAILABILITY"), RED)],
                     ),
@@ -588,40 +552,27 @@ BOARDS = [
                     Panel(
                         title="Mean time to answer by version",
                         description="A canary that is slower needs more replicas when promoted.",
-                        queries=[
-                            (
-                                f"{by_version('cxr_request_duration_seconds_sum', METHODS)}"
-                                f" / {by_version('cxr_request_duration_seconds_count', METHODS)}",
-                                "{{version}}",
-                            )
-                        ],
+                        queries={
+                            "{{version}}": mean_by_version("cxr_request_duration_seconds", METHODS)
+                        },
                         unit="s",
                     ),
                     Panel(
                         title="Mean confidence by version",
                         description="Of the most probable class.",
-                        queries=[
-                            (
-                                f"{by_version('cxr_prediction_confidence_sum')}"
-                                f" / {by_version('cxr_prediction_confidence_count')}",
-                                "{{version}}",
-                            )
-                        ],
+                        queries={"{{version}}": mean_by_version("cxr_prediction_confidence")},
                         unit="percentunit",
                     ),
                     Panel(
                         title="Classes by version",
                         description="Part of the answers. The same patients should give about the "
                         "same parts.",
-                        queries=[
-                            (
-                                "sum by (version, label) "
-                                f"(rate(cxr_predictions_total{{{S}}}{RATE}) {VERSION})"
-                                " / ignoring (label) group_left "
-                                f"{by_version('cxr_predictions_total')}",
-                                "{{version}} {{label}}",
-                            )
-                        ],
+                        queries={
+                            "{{version}} {{label}}": "sum by (version, label) "
+                            f"(rate(cxr_predictions_total{{{S}}}{RATE}) {VERSION})"
+                            " / ignoring (label) group_left "
+                            f"{by_version('cxr_predictions_total')}"
+                        },
                         unit="percentunit",
                     ),
                 ],
@@ -639,39 +590,30 @@ BOARDS = [
                     Panel(
                         title="Replicas of the portal",
                         description="That answer Prometheus; see __RUNBOOKS__/CXRPortalDown.md",
-                        queries=[(f"sum(up{{{P}}})", "up")],
+                        queries={"up": f"sum(up{{{P}}})"},
                         single=True,
                         steps=[(None, RED), (1, GREEN)],
                     ),
-                    Panel(
-                        title="Portal's availability budget left",
-                        description="Of __PERIOD__, at an objective of __AVAILABILITY__; see "
+                    budget(
+                        "Portal's availability budget left",
+                        "Of __PERIOD__, at an objective of __AVAILABILITY__; see "
                         "__RUNBOOKS__/CXRPortalBudgetBurn.md",
-                        queries=[
-                            (
-                                f"1 - sum(cxr_portal:requests_failed:increase__PERIOD__{{{P}}})"
-                                f" / (sum(cxr_portal:requests:increase__PERIOD__{{{P}}})"
-                                " * (1 - __AVAILABILITY__))",
-                                "left",
-                            )
-                        ],
-                        unit="percentunit",
-                        single=True,
-                        steps=[(None, RED), (0.01, YELLOW), (0.5, GREEN)],
-                        nothing="no rules (monitoring.rules), or no requests",
+                        "__AVAILABILITY__",
+                        failed="cxr_portal:requests_failed",
+                        series=P,
                     ),
                     Panel(
                         title="Replicas that leave the model alone",
                         description="Their circuit breaker is open; see "
                         "__RUNBOOKS__/CXRPortalBreakerOpen.md",
-                        queries=[(f"sum(cxr_portal_breaker_open{{{P}}})", "open")],
+                        queries={"open": f"sum(cxr_portal_breaker_open{{{P}}})"},
                         single=True,
                         steps=[(None, GREEN), (1, RED)],
                     ),
                     Panel(
                         title="Images of jobs that wait",
                         description="In the database; see __RUNBOOKS__/CXRPortalBacklogStuck.md",
-                        queries=[(f"max(cxr_portal_job_images_open{{{P}}})", "images")],
+                        queries={"images": f"max(cxr_portal_job_images_open{{{P}}})"},
                         single=True,
                     ),
                 ],
@@ -683,43 +625,38 @@ BOARDS = [
                         title="Requests by answer",
                         description="Per second. 4xx: the caller's fault; 5xx: ours; gone: the "
                         "caller had left.",
-                        queries=[
-                            (
-                                rate("cxr_portal_requests_total", "route, code", series=P),
-                                "{{route}} {{code}}",
+                        queries={
+                            "{{route}} {{code}}": rate(
+                                "cxr_portal_requests_total", "route, code", series=P
                             )
-                        ],
+                        },
                         unit="reqps",
                     ),
                     Panel(
                         title="Time to answer (p95)",
                         description="By route, receiving the files included.",
-                        queries=[
-                            (
-                                quantile(
-                                    0.95,
-                                    "cxr_portal_request_duration_seconds",
-                                    "route",
-                                    'route=~"/v1/.*"',
-                                    series=P,
-                                ),
-                                "{{route}}",
+                        queries={
+                            "{{route}}": quantile(
+                                0.95,
+                                "cxr_portal_request_duration_seconds",
+                                "route",
+                                'route=~"/v1/.*"',
+                                series=P,
                             )
-                        ],
+                        },
                         unit="s",
                     ),
                     Panel(
                         title="Callers turned away",
                         description="Per second, by reason. Many `invalid`: somebody guesses keys; "
                         "`rate`: somebody needs a higher limit.",
-                        queries=[
-                            (
-                                rate("cxr_portal_refused_callers_total", "reason", series=P),
-                                "{{reason}}",
+                        queries={
+                            "{{reason}}": rate(
+                                "cxr_portal_refused_callers_total", "reason", series=P
                             )
-                        ],
+                        },
                         unit="reqps",
-                        events_only=True,
+                        events_only="after somebody was turned away",
                         nothing="none",
                     ),
                 ],
@@ -730,53 +667,45 @@ BOARDS = [
                     Panel(
                         title="Images by outcome",
                         description="Per second, of requests and jobs.",
-                        queries=[
-                            (
-                                rate("cxr_portal_images_total", "way, outcome", series=P),
-                                "{{way}} {{outcome}}",
+                        queries={
+                            "{{way}} {{outcome}}": rate(
+                                "cxr_portal_images_total", "way, outcome", series=P
                             )
-                        ],
+                        },
                     ),
                     Panel(
                         title="Calls of the model",
                         description="Per second, by gRPC status.",
-                        queries=[
-                            (rate("cxr_portal_model_calls_total", "code", series=P), "{{code}}")
-                        ],
+                        queries={
+                            "{{code}}": rate("cxr_portal_model_calls_total", "code", series=P)
+                        },
                         unit="reqps",
                     ),
                     Panel(
                         title="Time of a call of the model",
                         description="As the portal sees it, retries included.",
-                        queries=[
-                            (
-                                quantile(part, "cxr_portal_model_call_duration_seconds", series=P),
-                                f"p{round(100 * part)}",
-                            )
-                            for part in (0.5, 0.95)
-                        ],
+                        queries=quantiles(
+                            "cxr_portal_model_call_duration_seconds", 0.5, 0.95, series=P
+                        ),
                         unit="s",
                     ),
                     Panel(
                         title="Images of requests in flight",
                         description="By pod; beyond portal.limits.maxInFlight, callers get 503.",
-                        queries=[(f"sum by (pod) (cxr_portal_images_in_flight{{{P}}})", "{{pod}}")],
+                        queries={"{{pod}}": f"sum by (pod) (cxr_portal_images_in_flight{{{P}}})"},
                     ),
                     Panel(
                         title="Storage of limits away",
                         description="Times per second that it did not answer; meanwhile each "
                         "replica counts by itself.",
-                        queries=[
-                            (
-                                rate("cxr_portal_rate_storage_errors_total", "pod", series=P),
-                                "{{pod}}",
-                            )
-                        ],
+                        queries={
+                            "{{pod}}": rate("cxr_portal_rate_storage_errors_total", "pod", series=P)
+                        },
                     ),
                     Panel(
                         title="CPU of the portal",
                         description="Cores, by pod. It uses one at most.",
-                        queries=[(rate("process_cpu_seconds_total", "pod", series=P), "{{pod}}")],
+                        queries={"{{pod}}": rate("process_cpu_seconds_total", "pod", series=P)},
                         steps=[(None, GREEN), (0.8, YELLOW)],
                     ),
                 ],
@@ -906,7 +835,7 @@ def widget(panel: Panel, width: int) -> Any:
                     common.GraphTresholdsStyleMode.DASHED
                 )
             )
-    for number, (expression, legend) in enumerate(panel.queries):
+    for number, (legend, expression) in enumerate(panel.queries.items()):
         query = prometheus.Dataquery().expr(expression).legend_format(legend)
         query = query.ref_id(chr(ord("A") + number)).datasource(source())
         builder = builder.with_target(query.instant() if panel.single else query.range())
