@@ -93,6 +93,7 @@ def add_evidence(
         result = _ablated(builder, maps, head, features, probabilities)
     else:
         result = _activated(builder, maps, margins[0])
+    _share_constants(builder, graph)
     size = grid(head, feature_count)
     shape: list[str | int | None] = ["batch", len(head.labels), size, size]
     chosen = helper.make_graph(
@@ -119,6 +120,19 @@ def add_evidence(
     graph.initializer.append(numpy_helper.from_array(np.asarray(False), EXPLAIN))
     graph.input.append(helper.make_tensor_value_info(EXPLAIN, TensorProto.BOOL, []))
     graph.output.append(helper.make_tensor_value_info(EVIDENCE, TensorProto.FLOAT, shape))
+
+
+def _share_constants(builder: GraphBuilder, graph: onnx.GraphProto) -> None:
+    """Have the branch use the graph's own arrays where they are equal: a head can be large."""
+
+    def content(array: TensorProto) -> tuple[int, tuple[int, ...], bytes]:
+        return array.data_type, tuple(array.dims), array.raw_data
+
+    outside = {content(array): array.name for array in graph.initializer if array.raw_data}
+    shared = {array.name: outside.get(content(array)) for array in builder.constants}
+    for node in builder.nodes:
+        node.input[:] = [shared.get(name) or name for name in node.input]
+    builder.constants = [array for array in builder.constants if not shared[array.name]]
 
 
 def spreading(source: int, target: int) -> Float64Array:

@@ -127,6 +127,17 @@ def test_every_head_answers_in_onnx_on_all_blocks(kind: str, small: Backbone) ->
         _add_up(small, head, features, evidence)
 
 
+def test_an_explanation_stores_no_array_of_the_head_again(small: Backbone) -> None:
+    features = _features(small, _images(small))
+    head = _heads(features)["rbf"]
+    graph = build_graph(small, head).graph
+    vectors = max(head.state().values(), key=lambda array: array.size)
+    branches = [a.g for node in graph.node for a in node.attribute if a.name == "then_branch"]
+    stored = [array for part in (graph, *branches) for array in part.initializer]
+    assert branches
+    assert sum(vectors.size == np.prod(array.dims) for array in stored) == 1
+
+
 def test_ablation_is_the_probability_lost_without_a_place(small: Backbone) -> None:
     images = _images(small)[:2]
     linear = _heads(_features(small, _images(small)))["logistic"]
