@@ -162,7 +162,8 @@ class Rows:
         rows = []
         for (name, precision, concurrency), load in sorted(self._loads.items(), key=self._place):
             facts = self._facts.get((name, precision), {})
-            quantiles = np.quantile(load.latencies, (0.5, 0.95, 0.99)) if load.latencies else []
+            shares = (0.5, 0.95, 0.99) if load.latencies else ()
+            quantiles = np.quantile(load.latencies or [0.0], shares)
             row = {
                 "name": name,
                 "precision": precision,
@@ -172,6 +173,7 @@ class Rows:
                 "throughput": load.throughput,
                 "others": load.others / load.seconds / len(os.sched_getaffinity(0)),
                 "client_ms": 1e3 * load.client_seconds / max(1, len(load.latencies)),
+                "server_ms": 1e3 * load.server_seconds / max(1, len(load.latencies)),
                 "memory_mb": facts["memory"] / 1e6 if facts else None,
                 "start_s": facts.get("start"),
                 "body": facts.get("body"),
@@ -193,8 +195,9 @@ class Started:
 
     def spell(self, rows: Rows, concurrency: int, seconds: float) -> None:
         """Put a load on it for a while."""
-        clock = self.server.others_seconds()
+        clock, own = self.server.others_seconds(), self.server.own_seconds()
         load = drive(self.requests, concurrency=concurrency, seconds=seconds)
+        load.server_seconds = self.server.own_seconds() - own
         load.others = self.server.others_seconds() - clock
         rows.add(self.subject.name, self.precision, concurrency, load)
 
@@ -237,6 +240,7 @@ def limit_spell(
     found = measured_limit(setting, images, seconds)
     load = Load(latencies=found["latencies"])
     load.seconds = len(found["latencies"]) / found["throughput"]
+    load.server_seconds = found["processor_seconds"]
     rows.add(LIMIT, precision, len(os.sched_getaffinity(0)), load)
 
 
@@ -270,7 +274,8 @@ def measured_limit(setting: Setting, images: list[bytes], seconds: float) -> dic
         (folder / str(index)).write_bytes(image)
         files.append(str(folder / str(index)))
     (folder / "files.json").write_text(json.dumps(files))
-    words = [sys.executable, HERE / "limit.py", setting.model, folder / "files.json", str(seconds)]
+    words: list[str | Path] = [sys.executable, HERE / "limit.py", setting.model]
+    words += [folder / "files.json", str(seconds)]
     done = subprocess.run(
         words, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -81,8 +81,8 @@ def asked(
             scores = dict(zip(SCORES, guards.scores(features)[0].tolist(), strict=True))
             reasons = judged(scores | pixel_scores(image, spec), guards.limits).reasons
             found.append(reasons)
-        reasons = sorted({reason for item in found for reason in item})
-        named = {r.value: float(np.mean([r in item for item in found])) for r in reasons}
+        seen = sorted({reason for item in found for reason in item})
+        named = {r.value: float(np.mean([r in item for item in found])) for r in seen}
         return {"images": len(found), "flagged": float(np.mean([bool(i) for i in found]))} | named
 
     def changed(

@@ -26,7 +26,7 @@ def work(
     *,
     core: int,
     start: multiprocessing.synchronize.Barrier,
-    results: "multiprocessing.Queue[tuple[list[float], float]]",
+    results: "multiprocessing.Queue[tuple[list[float], float, float]]",
 ) -> None:
     """Answer images on one core, one after the other."""
     os.sched_setaffinity(0, {core})
@@ -34,15 +34,16 @@ def work(
     for image in images[:8]:
         engine.predict([image])
     start.wait()
-    begun, times = time.perf_counter(), []
+    times: list[float] = []
+    cpu, begun = time.process_time(), time.perf_counter()
     while (now := time.perf_counter()) - begun < seconds:
         engine.predict([images[len(times) % len(images)]])
         times.append(time.perf_counter() - now)
-    results.put((times, time.perf_counter() - begun))
+    results.put((times, time.perf_counter() - begun, time.process_time() - cpu))
 
 
-def limit(model: Path, images: list[bytes], seconds: float) -> tuple[list[float], float]:
-    """Seconds of each image, over all cores together, and images per second."""
+def limit(model: Path, images: list[bytes], seconds: float) -> dict[str, Any]:
+    """Seconds of each image, over all cores together; images per second; processor time."""
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(len(cores)), context.Queue()
@@ -59,8 +60,11 @@ def limit(model: Path, images: list[bytes], seconds: float) -> tuple[list[float]
     found = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    rate = sum(len(times) / spent for times, spent in found)
-    return [one for times, _ in found for one in times], rate
+    return {
+        "latencies": [one for times, _, _ in found for one in times],
+        "throughput": sum(len(times) / spent for times, spent, _ in found),
+        "processor_seconds": sum(cpu for _, _, cpu in found),
+    }
 
 
 def growth(model: Path, images: list[bytes]) -> dict[str, list[dict[str, Any]]]:
@@ -70,7 +74,7 @@ def growth(model: Path, images: list[bytes]) -> dict[str, list[dict[str, Any]]]:
     for side in (256, 512, 1024, 2048, 3072):
         data = _enlarged(images[0], side)
         tensor = load_tensor(data, engine.preprocessing)
-        row = {"side": side, "bytes": len(data)}
+        row: dict[str, float] = {"side": side, "bytes": len(data)}
         for decoding in ("exact", "scaled"):
             spec = type(engine.preprocessing)(
                 **{**engine.preprocessing.distinctive(), "decoding": decoding}
@@ -108,5 +112,4 @@ def _milliseconds(call: Any) -> float:
 if __name__ == "__main__":
     folder, files, duration = sys.argv[1:]
     encoded = [Path(name).read_bytes() for name in json.loads(Path(files).read_text())]
-    spent, rate = limit(Path(folder), encoded, float(duration))
-    json.dump({"latencies": spent, "throughput": rate}, sys.stdout)
+    json.dump(limit(Path(folder), encoded, float(duration)), sys.stdout)

@@ -48,6 +48,7 @@ class Load:
         failures: requests that were not answered with 200.
         seconds: from the first request to the last answer.
         client_seconds: processor time of the clients themselves.
+        server_seconds: processor time of all processes of the server.
         others: processor time that neither server nor clients have used.
     """
 
@@ -55,6 +56,7 @@ class Load:
     failures: int = 0
     seconds: float = 0.0
     client_seconds: float = 0.0
+    server_seconds: float = 0.0
     others: float = 0.0
 
     def add(self, other: "Load") -> None:
@@ -63,6 +65,7 @@ class Load:
         self.failures += other.failures
         self.seconds += other.seconds
         self.client_seconds += other.client_seconds
+        self.server_seconds += other.server_seconds
         self.others += other.others
 
     @property

@@ -38,9 +38,9 @@ def main() -> None:
         side = str(load_config(setting.model).preprocessing.height)
         for _ in range(arguments.rounds):
             for provider, subject in ((_OWN, own), (_OTHER, other)):
-                words = [PEERS / "provider.py", setting.model / "model.onnx", provider, side]
+                program, graph_file = PEERS / "provider.py", setting.model / "model.onnx"
                 done = subprocess.run(
-                    [subject.python(setting), *words],
+                    [subject.python(setting), program, graph_file, provider, side],
                     check=True,
                     capture_output=True,
                     text=True,

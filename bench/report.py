@@ -117,15 +117,18 @@ def _all(rows: list[dict[str, Any]]) -> str:
             *(f"{row[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
             row["requests"],
             row["failures"],
-            f"{row['client_ms']:.2f}",
-            f"{row['others']:.0%}",
+            f"{row['server_ms']:.2f}",
+            *(
+                ("", "")
+                if row["name"] == LIMIT
+                else (f"{row['client_ms']:.2f}", f"{row['others']:.0%}")
+            ),
         )
         for row in rows
-        if row["name"] != LIMIT
     ]
     headers = (
         "server", "graph", "clients", "images/s", "p50 ms", "p95 ms", "p99 ms", "requests",
-        "failed", "client CPU ms", "others",
+        "failed", "CPU ms", "client CPU ms", "others",
     )  # fmt: skip
     return f"By concurrency:\n\n{_markdown(table, headers)}"
 
