@@ -27,7 +27,7 @@ _LONGEST_TRACESTATE = 512
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _METHODS = (*_SAFE_METHODS, "POST", "DELETE")
 _JOBS = "/v1/jobs"
-# Everything that the page needs comes from here; `blob:` is the images that the user has picked.
+# Everything that the page needs comes from here; `blob:` is the pictures that it makes itself.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "

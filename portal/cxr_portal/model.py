@@ -39,7 +39,7 @@ _OUTPUTS = ("probabilities", "label", "decision", "quality")
 _EXPLANATION = ("heatmap", "explained")
 _CONFIG = "cxr-model.json"
 _REJECTION = "cxr-rejection"
-# Colours of a heat map, for the class and against it: those of the page.
+# Colours of a heat map, for the class and against it; the page shows the picture made with them.
 _FOR, _AGAINST = (255, 140, 0), (30, 120, 255)
 # Seconds that a model's description is believed.
 _DESCRIPTION_LIFE = 30.0

@@ -116,6 +116,7 @@ class TestAnswers:
         one.get_by_role("button", name="Show heat map").click()
         overlay = one.get_by_role("img", name="Heat map: orange speaks for Pneumonia")
         expect(overlay).to_be_visible()
+        expect(overlay).not_to_have_js_property("naturalWidth", 0)
         box, under = overlay.bounding_box(), one.get_by_role("img", name="Preview").bounding_box()
         assert box == under, "it lies over the image"
         one.get_by_label("Heat map", exact=True).fill("0.2")

@@ -99,25 +99,19 @@ function rendered(picture: Grey, window: Window): HTMLCanvasElement {
 
 /** Evidence for the class in orange, against it in blue; nothing where the model does not look. */
 function Map({ heatmap, opacity }: { heatmap: HeatMap; opacity: number }) {
-  const canvas = useRef<HTMLCanvasElement>(null);
+  const [picture, setPicture] = useState<string>();
   useEffect(() => {
-    const context = canvas.current!.getContext("2d")!;
-    const pixels = context.createImageData(heatmap.columns, heatmap.rows);
-    heatmap.values.forEach((value, index) => {
-      const [red, green, blue] = value > 0 ? [255, 140, 0] : [30, 120, 255];
-      pixels.data.set([red!, green!, blue!, Math.round(255 * Math.min(1, Math.abs(value)))], 4 * index);
-    });
-    context.putImageData(pixels, 0, 0);
+    const bytes = Uint8Array.from(atob(heatmap.png), (letter) => letter.charCodeAt(0));
+    const address = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
+    setPicture(address);
+    return () => URL.revokeObjectURL(address);
   }, [heatmap]);
   return (
-    <canvas
-      ref={canvas}
+    <img
+      src={picture}
       className="map"
-      width={heatmap.columns}
-      height={heatmap.rows}
       style={{ opacity }}
-      role="img"
-      aria-label={`Heat map: orange speaks for ${heatmap.label}, blue against it`}
+      alt={`Heat map: orange speaks for ${heatmap.label}, blue against it`}
     />
   );
 }
