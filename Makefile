@@ -127,6 +127,10 @@ e2e: setup ## Try everything on the cluster of KUBECONFIG (CONTRIBUTING.md: sett
 chaos: setup ## Faults under load on the cluster, promised against observed (settings as e2e; ONLY=EXPRESSION)
 	$(PYTEST) tests/e2e/test_e2e_chaos.py $(if $(ONLY),-k "$(ONLY)")
 
+.PHONY: capacity-e2e
+capacity-e2e: setup ## The simulated autoscaling beside the cluster's own (settings as e2e)
+	$(PYTEST) tests/e2e/test_e2e_capacity.py
+
 .PHONY: observe-e2e
 observe-e2e: setup ## Alerts by promtool, then metrics, dashboards and alerts live; as e2e, with promtool on the PATH
 	$(PYTEST) tests/rules tests/e2e/test_e2e_observe.py

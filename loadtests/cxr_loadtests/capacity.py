@@ -154,8 +154,10 @@ def measured_service(result: Result, replicas: int) -> Service:
             )
         )
         slowdown.append(max(1.0, busy * replicas / throughput / mean) if throughput else 1.0)
-    slowdown[-1] = parallel / (highest * mean)
-    return Service(np.asarray(seconds), parallel, tuple(slowdown))
+    # More answers than latencies allow: not all of a request's time is spent at the replica.
+    last = parallel / (highest * mean)
+    slowdown[-1] = max(1.0, last)
+    return Service(np.asarray(seconds), parallel, tuple(slowdown), held=min(1.0, last))
 
 
 def replicas_for(

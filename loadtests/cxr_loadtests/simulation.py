@@ -34,7 +34,7 @@ _STEP = 1.0
 
 
 class Scaling(Strict):
-    """How a fleet is scaled; the names are those of the chart's values where there are any.
+    """How a fleet is scaled and fed; names are those of the chart's values where there are any.
 
     Attributes:
         metric: requests that are being answered, CPU use, or nothing.
@@ -48,6 +48,9 @@ class Scaling(Strict):
         cpu_seconds: that a request takes, for the metric `cpu`.
         cpu_request: cores that a replica requests, for the metric `cpu`.
         max_queue: images that one replica lets wait; more are refused.
+        balancing: what the gateway does: each replica gets one of every round, in an order that
+            changes (Traefik's, whose weighted round robin leaves it to a heap) or always the same
+            (`turn`); or chance decides (kube-proxy).
     """
 
     metric: Literal["inFlight", "cpu", "none"] = "inFlight"
@@ -63,6 +66,7 @@ class Scaling(Strict):
     cpu_seconds: Positive = 0.05
     cpu_request: Positive = 1.0
     max_queue: int = 1000
+    balancing: Literal["rounds", "turn", "random"] = "rounds"
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,19 @@ class Service:
         seconds: times that single requests took when nothing else was there, as a sample.
         parallel: requests that a replica works on at once.
         slowdown: factor on `seconds` while 1, 2, ... `parallel` requests are worked on.
+        held: share of a request's time for which the replica is taken; the rest is the way there
+            and back, meanwhile the replica works on others.
     """
 
     seconds: Array
     parallel: int
     slowdown: tuple[float, ...]
+    held: float = 1.0
 
     @property
     def throughput(self) -> float:
         """Most answers a second."""
-        return self.parallel / (float(self.seconds.mean()) * self.slowdown[-1])
+        return self.parallel / (float(self.seconds.mean()) * self.held * self.slowdown[-1])
 
 
 @dataclass
@@ -290,12 +297,13 @@ class _Fleet:
 
 
 class _Exact(_Fleet):
-    """Each request is an event; gateways deal them out in turn."""
+    """Each request is an event."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._found: list[float] = []
-        self._turn = 0
+        # Who has not had a request of this round yet, the last first.
+        self._round: list[_Replica] = []
 
     def run(self) -> Outcome:
         """Until the end; the requests that are then under way do not count."""
@@ -325,16 +333,28 @@ class _Exact(_Fleet):
             while lately[0] < self.env.now - self.scaling.window:
                 lately.popleft()
             self.answered_lately = len(lately) / min(self.scaling.window, max(_STEP, self.env.now))
-            ready = self.ready
-            if not ready:
+            if not self.ready:
                 self.outcome.refused += 1
                 continue
-            self._turn += 1
-            replica = ready[self._turn % len(ready)]
+            replica = self._chosen()
             if replica.in_flight >= self.scaling.max_queue:
                 self.outcome.refused += 1
                 continue
             self.env.process(self._request(replica))
+
+    def _chosen(self) -> _Replica:
+        ready = self.ready
+        if self.scaling.balancing == "random":
+            return ready[int(self.random.integers(len(ready)))]
+        while True:
+            if not self._round:
+                order = np.arange(len(ready))[::-1]
+                if self.scaling.balancing == "rounds":
+                    order = self.random.permutation(order)
+                self._round = [ready[place] for place in order]
+            replica = self._round.pop()
+            if replica.gone is None:
+                return replica
 
     def _request(self, replica: _Replica) -> Events:
         due = self.env.now
@@ -343,9 +363,10 @@ class _Exact(_Fleet):
             yield turn
             busy = min(replica.servers.count, self.service.parallel)
             seconds = float(self.random.choice(self.service.seconds))
-            yield self.env.timeout(seconds * self.service.slowdown[busy - 1])
+            held = seconds * self.service.held
+            yield self.env.timeout(held * self.service.slowdown[busy - 1])
         replica.in_flight -= 1
-        self._found.append(self.env.now - due)
+        self._found.append(self.env.now - due + seconds - held)
 
 
 class _Fluid(_Fleet):
@@ -390,7 +411,7 @@ class _Fluid(_Fleet):
             yield self.env.timeout(_STEP)
 
     def _latency(self, rate: float, count: int, busy: float, behind: Array) -> float:
-        """Note how long the requests of this second take; the mean where there is no queue.
+        """Note how long requests of this second take; their mean at a replica without a queue.
 
         Args:
             rate: requests a second of all replicas.
@@ -401,23 +422,36 @@ class _Fluid(_Fleet):
         servers = self.service.parallel
         at_work = max(1.0, busy * servers)
         factor = float(np.interp(at_work, np.arange(1, servers + 1), self.service.slowdown))
-        service = self._service * factor
+        way = self._service * (1 - self.service.held)
+        service = self._service * self.service.held * factor
         load = min(busy, _STEADY)
         chance = erlang_c(servers, load * servers)
-        # Allen and Cunneen's approximation. Dealt out in turn, arrivals at one replica are as even
-        # as the sum of so many gaps.
-        spread = (1 / count + self._spread) / 2
-        mean_wait = chance * float(service.mean()) / servers / (1 - load) * spread
+        held = float(service.mean())
+        # Allen and Cunneen's approximation.
+        spread = (self._unevenness(count, load) + self._spread) / 2
+        mean_wait = chance * held / servers / (1 - load) * spread
         waits = np.zeros_like(_QUANTILES)
         if chance > 0 and mean_wait > 0:
             waiting = 1 - chance < _QUANTILES
             conditional = mean_wait / chance
             waits[waiting] = -conditional * np.log((1 - _QUANTILES[waiting]) / chance)
-        self._note(service, waits, rate * (count - len(behind)) / count)
+        self._note(way + service, waits, rate * (count - len(behind)) / count)
         if len(behind):
-            full = self._service * self.service.slowdown[-1]
-            self._note(full, np.quantile(behind, _QUANTILES), rate * len(behind) / count)
-        return float(service.mean()) + mean_wait
+            full = self._service * self.service.held * self.service.slowdown[-1]
+            self._note(way + full, np.quantile(behind, _QUANTILES), rate * len(behind) / count)
+        return held + mean_wait
+
+    def _unevenness(self, count: int, load: float) -> float:
+        """Squared coefficient of variation of the gaps between two requests at one replica."""
+        if self.scaling.balancing == "random":
+            return 1.0
+        # In turn, a gap is the sum of as many gaps as there are replicas.
+        in_turn = 1 / count
+        if self.scaling.balancing == "turn":
+            return in_turn
+        # In rounds it is the sum of 1 to 2 * count - 1. Short and long ones take turns, which
+        # counts for less the longer the queue is: by how much, the events say (a test compares).
+        return in_turn + (1 - in_turn**2) / 6 * min(1.0, 2 * (1 - load))
 
     def _note(self, service: Array, waits: Array, rate: float) -> None:
         if rate > 0:
