@@ -7,12 +7,9 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,11 +20,14 @@ from cxr_portal.middleware import SECURITY_HEADERS
 from cxr_portal.settings import METRICS_PORT, PORT
 from cxr_server.settings import GRPC_PORT
 from cxr_server.settings import METRICS_PORT as MODEL_METRICS_PORT
+from support import portal_release
 from support.bundles import encoded_image
 from support.charts import CHART
 from support.cluster import Namespace, intrude, probe, run, setting, wait_for
 from support.dicoms import dicom_bytes
 from support.figures import report
+from support.portal_release import Portal
+from support.portals import files
 from support.volumes import local_volume
 
 pytestmark = pytest.mark.timeout(300)
@@ -42,46 +42,6 @@ KINDS = (
     "isvc,servingruntime,deploy,service,hpa,pdb,networkpolicy,serviceaccount,configmap,secret,pvc,"
     "httproute,grpcroute,ingress,scaledobject,podmonitor,pod"
 )
-
-
-@dataclass(kw_only=True)
-class Portal:
-    """The release, and a way to its portal.
-
-    Attributes:
-        cluster: the release's namespace.
-        name: of the portal's objects.
-        key: an API key.
-        images: a JPEG, a PNG and a DICOM file.
-    """
-
-    cluster: Namespace
-    address: str
-    images: dict[str, bytes]
-    key: str = ""
-    name: str = field(default=f"{RELEASE}-cxr-serve-portal")
-
-    def http(self, **headers: str) -> httpx.Client:
-        """A client, with the key unless another one is given."""
-        given = {"Host": HOST, "Authorization": f"Bearer {self.key}", **headers}
-        return httpx.Client(base_url=f"http://{self.address}", headers=given, timeout=30)
-
-    def execute(self, *command: str) -> str:
-        return self.cluster.kubectl("exec", f"deploy/{self.name}", "--", *command)
-
-    def pod(self) -> dict[str, Any]:
-        (only,) = self.pods()
-        return only
-
-    def pods(self) -> list[dict[str, Any]]:
-        """Those that end left out."""
-        label = "app.kubernetes.io/component=portal"
-        pods = self.cluster.get("pods", "-l", label)["items"]
-        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
-
-
-def files(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
-    return [("images", (str(index), image)) for index, image in enumerate(images)]
 
 
 @pytest.fixture(scope="module")
@@ -104,18 +64,14 @@ def answers(bundle: Path, images: dict[str, bytes]) -> list[Prediction]:
 
 @pytest.fixture(scope="module")
 def storage_class() -> Iterator[str]:
-    image = setting("CXR_E2E_PORTAL_IMAGE", "image of the portal in the cluster")
-    with local_volume(VOLUME, image) as name:
+    with local_volume(VOLUME, portal_release.image()) as name:
         yield name
 
 
 @pytest.fixture(scope="module")
-def portal(
-    cluster: Namespace, flags: list[str], images: dict[str, bytes], storage_class: str
-) -> Iterator[Portal]:
+def portal(cluster: Namespace, flags: list[str], storage_class: str) -> Iterator[Portal]:
     """A release with a model and the portal in front of it, and a key for it."""
     release = Namespace(cluster.name, release=RELEASE)
-    repository, _, tag = setting("CXR_E2E_PORTAL_IMAGE", "image of the portal").rpartition(":")
     _, _, model_tag = setting("CXR_E2E_INPROCESS_IMAGE", "image without TorchServe").rpartition(":")
     own = [
         f"image.tag={model_tag}",
@@ -125,26 +81,16 @@ def portal(
         "server.drainDelay=2",
         "monitoring.podMonitor.enabled=true",
         "monitoring.podMonitor.interval=2s",
-        "portal.enabled=true",
-        f"portal.host={HOST}",
-        f"portal.image.repository={repository}",
-        f"portal.image.tag={tag}",
-        "portal.resources.requests.cpu=50m",
-        f"portal.database.volume.storageClassName={storage_class}",
-        "portal.database.volume.size=1Gi",
-        "portal.limits.jobWorkers=1",
+        *portal_release.values(HOST, storage_class),
     ]
     example = ("-f", str(CHART / "values" / "cpu-small.yaml"))
     start = time.monotonic()
     release.helm("install", *example, *flags, values=own)
     try:
-        address = setting("CXR_E2E_GATEWAY_ADDRESS", "host:port of the gateway")
-        found = Portal(cluster=release, address=address, images=images)
-        rollout = ("rollout", "status", f"deploy/{found.name}", "--timeout=120s")
-        release.kubectl(*rollout)
+        found = Portal(cluster=release, host=HOST)
+        found.rolled_out()
         started = time.monotonic() - start
-        created = found.execute("cxr", "portal", "keys", "create", "e2e", "--json")
-        found.key = json.loads(created.splitlines()[-1])["key"]
+        found.make_key()
         release.kubectl(
             "wait", "--for=condition=Ready", f"isvc/{release.service}", "--timeout=120s"
         )
@@ -161,16 +107,16 @@ def portal(
 
 
 def test_every_format_is_answered_as_in_this_process(
-    portal: Portal, answers: list[Prediction]
+    portal: Portal, images: dict[str, bytes], answers: list[Prediction]
 ) -> None:
     with portal.http() as http:
-        response = http.post("/v1/predictions", files=files(*portal.images.values()))
+        response = http.post("/v1/predictions", files=files(*images.values()))
     assert response.status_code == 200, response.text
     given = response.json()["images"]
     for image, expected in zip(given, answers, strict=True):
         assert image["label"] == expected.label
         assert image["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
-    report("portal", f"{', '.join(portal.images)} answered as in process")
+    report("portal", f"{', '.join(images)} answered as in process")
 
 
 def test_helm_test_passes(portal: Portal) -> None:
@@ -181,9 +127,11 @@ def test_helm_test_passes(portal: Portal) -> None:
     ("authorization", "kind"),
     [("", "credentials-missing"), ("Bearer cxr_000000000000_wrong", "credentials-invalid")],
 )
-def test_nobody_gets_in_without_a_key(portal: Portal, authorization: str, kind: str) -> None:
+def test_nobody_gets_in_without_a_key(
+    portal: Portal, image: bytes, authorization: str, kind: str
+) -> None:
     with portal.http(Authorization=authorization) as http:
-        response = http.post("/v1/predictions", files=files(portal.images["JPEG"]))
+        response = http.post("/v1/predictions", files=files(image))
     assert response.status_code == 401
     assert response.headers["content-type"] == "application/problem+json"
     assert response.json()["type"] == f"urn:cxr:problem:{kind}"
@@ -216,11 +164,11 @@ def test_it_answers_under_its_own_names_only(portal: Portal) -> None:
 
 
 def test_a_job_tells_its_progress_and_gives_a_table(
-    portal: Portal, answers: list[Prediction]
+    portal: Portal, images: dict[str, bytes], answers: list[Prediction]
 ) -> None:
     count = 30
     with portal.http() as http:
-        response = http.post("/v1/jobs", files=files(*list(portal.images.values()) * (count // 3)))
+        response = http.post("/v1/jobs", files=files(*list(images.values()) * (count // 3)))
         assert response.status_code == 202, response.text
         path = f"/v1/jobs/{response.json()['id']}"
         with http.stream("GET", f"{path}/events") as events:
@@ -282,7 +230,7 @@ def test_a_pod_that_is_deleted_loses_nothing_of_a_job(portal: Portal, bundle: Pa
 def test_network_policy_lets_only_the_gateway_and_prometheus_in(portal: Portal) -> None:
     address = portal.pod()["status"]["podIP"]
     script = probe((address, port) for port in (PORT, METRICS_PORT))
-    image = setting("CXR_E2E_PORTAL_IMAGE", "image of the portal")
+    image = portal_release.image()
     printed = intrude(script, image)
     assert printed.count("closed") == 2, printed
     # The policy may need a moment to learn of a new pod.
@@ -378,15 +326,12 @@ def test_two_replicas_on_postgresql_share_a_job_and_one_is_killed(
     cluster, count = portal.cluster, 2 * JOB_IMAGES
     cluster.kubectl("create", "secret", "generic", POSTGRESQL, f"--from-literal=url={postgresql}")
     cluster.upgrade(f"portal.database.secret={POSTGRESQL}", "portal.replicas=2")
-    cluster.kubectl("rollout", "status", f"deploy/{portal.name}", "--timeout=120s")
+    portal.rolled_out()
     # The one on SQLite knows other keys, and still takes requests while it ends.
     label = ("-l", "app.kubernetes.io/component=portal,app.kubernetes.io/name=cxr-serve")
     wait_for(lambda: len(cluster.get("pods", *label)["items"]) == 2, "the end of the one before")
     pods = [pod["metadata"]["name"] for pod in portal.pods()]
-    made = cluster.kubectl(
-        "exec", pods[0], "--", "cxr", "portal", "keys", "create", "e2e", "--json"
-    )
-    portal.key = json.loads(made.splitlines()[-1])["key"]
+    portal.make_key()
 
     def metrics(port: int) -> tuple[str, ...]:
         url = f"http://127.0.0.1:{port}/metrics"

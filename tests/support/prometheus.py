@@ -34,6 +34,12 @@ class Prometheus:
         firing = self.query(f'ALERTS{{namespace="{self._namespace}", alertstate="firing"}}')
         return {item["metric"]["alertname"] for item in firing}
 
+    def fired(self, seconds: float) -> set[str]:
+        """Names of the alerts that have fired at some time in the last so many seconds."""
+        firing = f'ALERTS{{namespace="{self._namespace}", alertstate="firing"}}'
+        found = self.query(f"last_over_time({firing}[{seconds:.0f}s])")
+        return {item["metric"]["alertname"] for item in found}
+
     def active_since(self, alert: str) -> float | None:
         """Unix time from which on an alert's condition has held; None while it does not."""
         name = f'namespace="{self._namespace}", alertname="{alert}"'
