@@ -113,7 +113,8 @@ def run(
     cxr loadtest run --host https://cxr.example.org --shape arrival --rate 20
 
     Ctrl-C ends the run early; what there is will be judged. Exit code 0 when every objective was
-    kept, 1 when one was broken, 2 when there was no run.
+    kept, 1 when one was broken, 2 when there was no run to judge, 3 when every objective was kept,
+    but the results could not be written or uploaded.
     """  # noqa: D301 - \b is click's mark for "keep these lines"
     if (host is None) == (archive_to_serve is None):
         raise click.UsageError("Name the service with --host, or an archive with --serve.")
@@ -124,11 +125,11 @@ def run(
     if archive_to_serve is not None and archives and archives[0] != archive_to_serve:
         raise click.UsageError("With --serve, the archive's own answers are the right ones.")
     # Before anything that waits: Locust replaces blocking calls in the whole process.
-    from cxr_loadtests.run import Job, execute  # noqa: PLC0415, I001
+    from cxr_loadtests.run import Job, execute, write  # noqa: PLC0415, I001
     from cxr_loadtests.judge import read_objectives  # noqa: PLC0415
     from cxr_loadtests.profile import read_profile, scaled  # noqa: PLC0415
     from cxr_loadtests.server_side import Prometheus  # noqa: PLC0415
-    from cxr_loadtests.store import split_uri  # noqa: PLC0415
+    from cxr_loadtests.store import split_uri, upload as copy  # noqa: PLC0415
     from cxr_loadtests.target import Target  # noqa: PLC0415
 
     try:
@@ -158,7 +159,6 @@ def run(
             workers=workers,
             port=port,
             out=out,
-            upload_to=upload,
         )
         result = execute(job, click.echo)
     except LoadTestError as error:
@@ -167,8 +167,23 @@ def run(
         raise _stop(f"Cannot write to {out}: {error.strerror}.") from error
     verdict = result.verdict
     assert verdict is not None  # noqa: S101 - `execute` has judged
-    _tell(result, verdict, out)
-    sys.exit(0 if verdict.passed else 1)
+    # From here on there is a verdict, and what else fails must not hide it.
+    lost = ""
+    try:
+        write(result, out)
+    except OSError as error:
+        lost = f"Cannot write to {out}: {error.strerror}."
+    _tell(result, verdict)
+    if not lost:
+        click.echo(f"The report: {out / 'report.html'}")
+        try:
+            for uri in copy(out, upload) if upload else ():
+                click.echo(uri)
+        except LoadTestError as error:
+            lost = str(error)
+    if lost:
+        click.echo(f"Error: {lost}", err=True)
+    sys.exit(1 if not verdict.passed else 3 if lost else 0)
 
 
 @loadtest.command(context_settings={"show_default": True})
@@ -243,7 +258,7 @@ def _stop(sentence: str) -> click.ClickException:
     return _NoVerdictError(sentence)
 
 
-def _tell(result: "Result", verdict: "Verdict", out: Path) -> None:
+def _tell(result: "Result", verdict: "Verdict") -> None:
     from tabulate import tabulate  # noqa: PLC0415
 
     from cxr_loadtests.report import summary  # noqa: PLC0415
@@ -255,7 +270,7 @@ def _tell(result: "Result", verdict: "Verdict", out: Path) -> None:
     _checks(verdict)
     if result.generator.note:
         click.echo(result.generator.note)
-    click.echo(f"{'Passed' if verdict.passed else 'Failed'}; the report: {out / 'report.html'}")
+    click.echo("Passed." if verdict.passed else "Failed.")
 
 
 def _checks(verdict: "Verdict") -> None:

@@ -107,6 +107,20 @@ def _always(result: Result) -> Iterator[Check]:
         passed=wrong == 0 and asked > 0,
     )
     counts = result.reconciliation
+    if counts is None and result.unknown:
+        yield Check(
+            name="clients and servers count the same",
+            promised="the servers' counts",
+            observed=f"not known: {result.unknown}",
+            passed=False,
+        )
+    elif result.unknown:
+        yield Check(
+            name="the servers' figures over time",
+            promised="stages, replicas, queue and memory",
+            observed=f"not known: {result.unknown}",
+            passed=False,
+        )
     if counts is not None:
         # A request without an answer may or may not have been counted.
         open_ended = counts.sent - counts.answered

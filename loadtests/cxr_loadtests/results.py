@@ -176,7 +176,13 @@ class Reconciliation(Strict):
 
 
 class Result(Strict):
-    """A run."""
+    """A run.
+
+    Attributes:
+        prometheus: whether it was asked for the servers' side.
+        unknown: why the servers' side, or a part of it, is missing; empty where it was not asked
+            for, or is whole.
+    """
 
     schema_version: Literal[1] = 1
     tool: str
@@ -193,6 +199,8 @@ class Result(Strict):
     generator: Generator
     reconciliation: Reconciliation | None = None
     server: list[Series] = Field(default_factory=list)
+    prometheus: bool = False
+    unknown: str = ""
     verdict: Verdict | None = None
 
     def save(self, folder: Path) -> Path:

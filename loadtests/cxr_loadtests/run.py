@@ -1,7 +1,7 @@
-"""A run from beginning to end: prepare, drive, count, judge, write."""
+"""A run from beginning to end: prepare, drive, count, judge; and its files."""
 
 # First: Locust replaces blocking calls in the whole process.
-from cxr_loadtests.drive import Crew, Driven, drive  # isort: skip
+from cxr_loadtests.drive import Crew, drive  # isort: skip
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import cxr
+from cxr_loadtests.errors import LoadTestError
 from cxr_loadtests.images import make_samples
 from cxr_loadtests.judge import Objectives, judge, junit
 from cxr_loadtests.plan import Plan, choose_scenarios
@@ -19,8 +20,7 @@ from cxr_loadtests.reference import from_archives, from_service
 from cxr_loadtests.report import render
 from cxr_loadtests.results import Result
 from cxr_loadtests.served import served
-from cxr_loadtests.server_side import Counts, Prometheus, reconcile, scrape, settled_counts
-from cxr_loadtests.store import upload
+from cxr_loadtests.server_side import Counts, Prometheus, scrape, with_metrics, with_prometheus
 from cxr_loadtests.target import Target
 
 
@@ -42,7 +42,6 @@ class Job:
         workers: processes that send the requests; 0 for this one.
         port: on which they come.
         out: folder for the results.
-        upload_to: `s3://` URI for the same, or None.
     """
 
     target: Target | None
@@ -58,14 +57,14 @@ class Job:
     workers: int
     port: int
     out: Path
-    upload_to: str | None
 
 
 def execute(job: Job, say: Callable[[str], None]) -> Result:
-    """Run, judge, and write `result.json`, `verdict.json`, `junit.xml` and `report.html`.
+    """Run, and judge.
 
     Raises:
-        LoadTestError: there was no run that could be judged.
+        LoadTestError: there was no run that could be judged. What there is of it is in
+            `result.json`.
     """
     with ExitStack() as stack:
         if job.target is None:
@@ -73,16 +72,26 @@ def execute(job: Job, say: Callable[[str], None]) -> Result:
             target = Target(rest=server.rest, grpc=server.grpc)
             job = replace(job, target=target, metrics=server.metrics)
         result = _measured(job, say)
-    verdict = judge(result, job.objectives)
-    result = result.model_copy(update={"verdict": verdict})
-    result.save(job.out)
-    (job.out / "verdict.json").write_text(verdict.model_dump_json(indent=1), encoding="utf-8")
-    (job.out / "junit.xml").write_text(junit(verdict, job.shape_name), encoding="utf-8")
-    (job.out / "report.html").write_text(render(result), encoding="utf-8")
-    if job.upload_to:
-        for uri in upload(job.out, job.upload_to):
-            say(uri)
-    return result
+    try:
+        verdict = judge(result, job.objectives)
+    except LoadTestError:
+        result.save(job.out)
+        raise
+    return result.model_copy(update={"verdict": verdict})
+
+
+def write(result: Result, folder: Path) -> None:
+    """Write `result.json`, `verdict.json`, `junit.xml` and `report.html` of a judged run.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    verdict = result.verdict
+    assert verdict is not None  # noqa: S101 - `execute` has judged
+    result.save(folder)
+    (folder / "verdict.json").write_text(verdict.model_dump_json(indent=1), encoding="utf-8")
+    (folder / "junit.xml").write_text(junit(verdict, result.shape), encoding="utf-8")
+    (folder / "report.html").write_text(render(result), encoding="utf-8")
 
 
 def _measured(job: Job, say: Callable[[str], None]) -> Result:
@@ -120,19 +129,6 @@ def _measured(job: Job, say: Callable[[str], None]) -> Result:
         codes=driven.codes,
         generator=driven.generator,
     )
-    return result.model_copy(update=_server_side(job, driven, before, started))
-
-
-def _server_side(job: Job, driven: Driven, before: Counts, started: float) -> dict[str, object]:
-    """What the servers say of the run."""
     if job.prometheus is not None:
-        answered = sum(code.count for code in driven.codes if code.from_server)
-        counts = settled_counts(job.prometheus, started, answered)
-        return {
-            "reconciliation": reconcile(driven.codes, counts, "Prometheus"),
-            "server": job.prometheus.series(started, driven.phases[-1].end),
-        }
-    if job.metrics:
-        counts = scrape(job.metrics) - before
-        return {"reconciliation": reconcile(driven.codes, counts, "the server's metrics")}
-    return {}
+        return with_prometheus(result, job.prometheus, started)
+    return with_metrics(result, job.metrics, before) if job.metrics else result

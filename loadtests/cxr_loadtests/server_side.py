@@ -3,13 +3,14 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import urllib3
 
 from cxr_loadtests.errors import LoadTestError
-from cxr_loadtests.results import CodeRecord, Reconciliation, Series
+from cxr_loadtests.results import CodeRecord, Reconciliation, Result, Series
 
 _REQUESTS = "cxr_requests_total"
 _METHODS = "predict|infer|explain"
@@ -142,12 +143,50 @@ class Prometheus:
         try:
             answer = self._pool.request("POST", f"{self._url}/api/v1/{path}", fields=dict(fields))
             document = answer.json()
-        except (urllib3.exceptions.HTTPError, ValueError) as error:
-            raise LoadTestError(f"Prometheus at {self._url} does not answer.") from error
-        if document.get("status") != "success":
-            raise LoadTestError(f"Prometheus refuses a query: {document.get('error')}.")
-        result: list[dict[str, Any]] = document["data"]["result"]
-        return result
+            if document["status"] == "success":
+                result: list[dict[str, Any]] = document["data"]["result"]
+                return result
+            refusal = document["error"]
+        except (urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise LoadTestError("Prometheus does not answer.") from error
+        raise LoadTestError(f"Prometheus refuses a query: {refusal}.")
+
+
+def with_prometheus(result: Result, prometheus: Prometheus, start: float) -> Result:
+    """A run with the counts and figures of all replicas, or with why these are missing.
+
+    Args:
+        result: what the clients have seen.
+        prometheus: to be asked.
+        start: Unix time from which requests count.
+    """
+    result = result.model_copy(update={"prometheus": True})
+    answered = sum(code.count for code in result.codes if code.from_server)
+    # A run may have taken an hour: what Prometheus does not say must not cost the rest.
+    try:
+        counts = settled_counts(prometheus, start, answered)
+        found = reconcile(result.codes, counts, "Prometheus")
+        result = result.model_copy(update={"reconciliation": found})
+        end = result.phases[-1].end if result.phases else start
+        return result.model_copy(update={"server": prometheus.series(start, end)})
+    except LoadTestError as error:
+        return result.model_copy(update={"unknown": str(error)})
+
+
+def with_metrics(result: Result, url: str, before: Counts) -> Result:
+    """A run with the counts of one server, or with why these are missing.
+
+    Args:
+        result: what the clients have seen.
+        url: of the server's metrics.
+        before: what it had counted before the run.
+    """
+    try:
+        counts = scrape(url) - before
+    except LoadTestError as error:
+        return result.model_copy(update={"unknown": str(error)})
+    found = reconcile(result.codes, counts, "the server's metrics")
+    return result.model_copy(update={"reconciliation": found})
 
 
 def scrape(url: str) -> Counts:
@@ -160,6 +199,8 @@ def scrape(url: str) -> Counts:
         answer = urllib3.PoolManager(retries=2, timeout=_TIMEOUT).request("GET", url)
     except urllib3.exceptions.HTTPError as error:
         raise LoadTestError("The metrics' URL does not answer.") from error
+    if answer.status != HTTPStatus.OK:
+        raise LoadTestError(f"The metrics' URL answers with {answer.status}.")
     total: Counts = Counter()
     for line in answer.data.decode().splitlines():
         name, _, rest = line.partition("{")
@@ -173,12 +214,21 @@ def scrape(url: str) -> Counts:
 
 
 def settled_counts(prometheus: Prometheus, start: float, answered: int) -> Counts:
-    """The counts of all replicas once the scrapes have caught up, or after a while."""
+    """The counts of all replicas once the scrapes have caught up, or after a while.
+
+    Raises:
+        LoadTestError: Prometheus has not answered by then.
+    """
     deadline = time.monotonic() + _SCRAPE_SECONDS
     while True:
-        counts = prometheus.counts(start, time.time())
-        if sum(counts.values()) >= answered or time.monotonic() > deadline:
-            return counts
+        try:
+            counts = prometheus.counts(start, time.time())
+        except LoadTestError:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            if sum(counts.values()) >= answered or time.monotonic() > deadline:
+                return counts
         time.sleep(2)
 
 
