@@ -10,6 +10,7 @@ from cxr_loadtests.histogram import merged, percentile
 from cxr_loadtests.results import (
     BinRecord,
     Check,
+    PhaseRecord,
     Result,
     Verdict,
     figures,
@@ -24,10 +25,16 @@ from cxr_loadtests.scenarios import WRONG_ANSWER
 _BLOCK_SECONDS = 5
 _ROUNDS = 400
 _FEWEST_BLOCKS = 4
+# By how much two runs may differ and be alike. A phase ends with a tick of a second.
+_LIKE = 0.05
+_LIKE_SECONDS = 2.0
 
 
 def compare(before: Result, after: Result, allowed: float) -> Verdict:
     """Whether the second run is worse by more than is allowed, and more than by chance.
+
+    Latencies are compared only under the same load. Where each run found its own (a share of its
+    knee, or the clients at it), and these differ, a note says so, and the knee remains.
 
     Args:
         before: the run to measure against.
@@ -47,8 +54,10 @@ def compare(before: Result, after: Result, allowed: float) -> Verdict:
     scenarios = [{item.scenario for item in result.bins} for result in (before, after)]
     if scenarios[0] != scenarios[1]:
         raise LoadTestError("The runs have asked different scenarios; compare like with like.")
+    _refuse_other_loads(before, after)
+    notes = _other_loads_found(before, after)
     checks = [_wrong(before, after), _errors(before, after, allowed)]
-    for scenario in ("", *sorted(scenarios[0] - {"bad-input"})):
+    for scenario in ("", *sorted(scenarios[0] - {"bad-input"})) if not notes else ():
         checks += [_latency(before, after, scenario, share, allowed) for share in (0.5, 0.95, 0.99)]
     open_model = all(phase.rate is not None for phase in judged_phases(after))
     if not open_model:
@@ -64,7 +73,68 @@ def compare(before: Result, after: Result, allowed: float) -> Verdict:
                 passed=knees[1].throughput >= floor,
             )
         )
-    return Verdict(passed=all(check.passed for check in checks), checks=checks)
+    return Verdict(passed=all(check.passed for check in checks), checks=checks, notes=notes)
+
+
+def _refuse_other_loads(before: Result, after: Result) -> None:
+    """Refuse runs that were asked for another load or length, or that were ended early."""
+    # Which steps there are is a finding: they end after the knee.
+    plain = [[phase for phase in result.phases if not phase.step] for result in (before, after)]
+    if [phase.name for phase in plain[0]] != [phase.name for phase in plain[1]]:
+        raise LoadTestError("The runs have different phases; compare like with like.")
+    if bool(steps(before)) != bool(steps(after)):
+        raise LoadTestError("Only one of the runs has steps; compare like with like.")
+    users = {phase.users: phase for phase in after.phases if phase.step}
+    stepped = [
+        (phase, users[phase.users])
+        for phase in before.phases
+        if phase.step and phase.users in users
+    ]
+    found = _found_rates(before)
+    for one, other in [*zip(*plain, strict=True), *stepped]:
+        pairs = [("clients", one.users, other.users, 0.0)]
+        if one.name not in found:
+            pairs.append(("requests a second", one.rate, other.rate, 0.0))
+        pairs.append(("seconds", one.seconds, other.seconds, _LIKE_SECONDS))
+        for unit, old, new, slack in pairs:
+            if not _like(old, new, slack):
+                raise LoadTestError(
+                    f"The phase {one.name} had {_shown(old)} {unit} in one run and {_shown(new)} "
+                    "in the other; compare like with like."
+                )
+
+
+def _found_rates(result: Result) -> set[str]:
+    """Phases whose rate came from the knee of the run itself, not from `--rate`."""
+    shape = result.profile.shapes.get(result.shape)
+    if shape is None or not steps(result):
+        return set()
+    return {phase.name for phase in shape.phases if phase.knee_share is not None}
+
+
+def _other_loads_found(before: Result, after: Result) -> list[str]:
+    """Why latencies cannot be compared, though both runs were asked for the same."""
+    phases = [judged_phases(result) for result in (before, after)]
+    return [
+        f"Latencies are not compared: {one.name} had {_load(one)} before and {_load(other)} after, "
+        "as each run's own knee has it."
+        for one, other in zip(*phases, strict=False)
+        if not (_like(one.users, other.users) and _like(one.rate, other.rate))
+    ]
+
+
+def _like(old: float | None, new: float | None, slack: float = 0.0) -> bool:
+    if old is None or new is None:
+        return old is new
+    return abs(new - old) <= max(slack, _LIKE * old)
+
+
+def _shown(value: float | None) -> str:
+    return "no" if value is None else f"{value:.3g}"
+
+
+def _load(phase: PhaseRecord) -> str:
+    return f"{phase.users} clients" if phase.rate is None else f"{phase.rate:.1f} requests/s"
 
 
 def _wrong(before: Result, after: Result) -> Check:

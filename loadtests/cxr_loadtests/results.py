@@ -102,10 +102,15 @@ class Check(Strict):
 
 
 class Verdict(Strict):
-    """Whether everything that was promised was kept."""
+    """Whether everything that was promised was kept.
+
+    Attributes:
+        notes: what could not be judged, a sentence each.
+    """
 
     passed: bool
     checks: list[Check]
+    notes: list[str] = Field(default_factory=list)
 
 
 class Series(Strict):
