@@ -25,6 +25,8 @@ from cxr_loadtests.results import (
 from cxr_loadtests.server_side import reconcile
 from support.loadtests import START, make_phase, make_result, make_steps
 
+ROOT = Path(__file__).parents[3]
+
 
 def objectives(**promises: Any) -> Objectives:
     return Objectives.model_validate({"objectives": [{"name": "all", **promises}]})
@@ -138,6 +140,25 @@ def test_the_knee_is_where_more_clients_bring_nothing() -> None:
     # Without a judged phase, a step test is judged at its knee.
     assert judge(result, objectives(p99_seconds=0.03)).passed
     assert not judge(result, objectives(p99_seconds=0.01)).passed
+
+
+def test_the_default_objectives_allow_no_error_in_a_soak() -> None:
+    """One request of 600 is within the 0.5 % of every other run."""
+    defaults = read_objectives(None)
+    for shape, kept in (("soak", False), ("ship", True)):
+        verdict = judge(make_result(FLAT, failures={"503": 1}, shape=shape), defaults)
+        found = {check.name: check.observed for check in verdict.checks if not check.passed}
+        assert list(found) == ([] if kept else ["soak: errors"])
+        assert verdict.passed == kept
+    assert judge(make_result(FLAT, shape="soak"), defaults).passed
+
+
+def test_the_docs_show_the_default_objectives() -> None:
+    text = (ROOT / "docs" / "loadtesting.md").read_text(encoding="utf-8")
+    shown = text.split("```yaml\nobjectives:\n")[1].split("```")[0]
+    assert Objectives.model_validate(yaml.safe_load("objectives:\n" + shown)) == (
+        read_objectives(None)
+    )
 
 
 @pytest.mark.parametrize(("last", "kept"), [(103.0, True), (120.0, False)])
