@@ -36,7 +36,8 @@ class Objective(Strict):
         error_ratio: highest share of requests that are not answered as expected.
         min_throughput: answers as expected, a second.
         memory_growth: share by which the mean memory of the largest replica may be more in the last
-            third of a judged phase than in the first; looked at where Prometheus was asked.
+            third of a judged phase than in the first; looked at where Prometheus was asked, and
+            broken where that does not know.
     """
 
     name: str
@@ -209,6 +210,7 @@ def _memory(result: Result, objective: Objective) -> Iterator[Check]:
         return
     for phase in judged_phases(result):
         start, third = phase.start + phase.settle, phase.seconds / 3
+        seen = False
         for series in result.server:
             if series.group != "memory":
                 continue
@@ -217,12 +219,21 @@ def _memory(result: Result, objective: Objective) -> Iterator[Check]:
             last = [value for at, value in points if phase.end - third <= at <= phase.end]
             if not first or not last:
                 continue
+            seen = True
             growth = mean(last) / mean(first) - 1
             yield Check(
                 name=f"{objective.name}: memory",
                 promised=f"at most {objective.memory_growth:+.1%}",
                 observed=f"{growth:+.1%} ({mean(first):.0f} to {mean(last):.0f} {series.unit})",
                 passed=growth <= objective.memory_growth,
+            )
+        if result.prometheus and not seen:
+            yield Check(
+                name=f"{objective.name}: memory",
+                promised=f"at most {objective.memory_growth:+.1%}",
+                observed="not known: Prometheus has no memory of the service at the beginning and "
+                f"the end of {phase.name}",
+                passed=False,
             )
 
 

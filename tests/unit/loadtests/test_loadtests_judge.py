@@ -172,6 +172,24 @@ def test_memory_that_grows_is_broken(last: float, kept: bool) -> None:
     assert judge(make_result(FLAT), objectives(memory_growth=0.05)).passed
 
 
+@pytest.mark.parametrize("seconds", [range(0), range(15)])
+def test_memory_that_prometheus_does_not_know_is_broken(seconds: range) -> None:
+    """No series at all, or one that ends half way."""
+    times = [START + float(second) for second in seconds]
+    memory = Series(
+        name="m", group="memory", unit="MiB", times=times, values=[100.0 for _ in times]
+    )
+    server = [memory] if times else []
+    verdict = judge(
+        make_result(FLAT, server=server, prometheus=True), objectives(memory_growth=0.05)
+    )
+    (broken,) = [check for check in verdict.checks if not check.passed]
+    assert broken.name == "all: memory"
+    assert broken.observed == (
+        "not known: Prometheus has no memory of the service at the beginning and the end of two"
+    )
+
+
 def test_junit_has_a_case_for_each_check() -> None:
     verdict = judge(make_result(FLAT), objectives(p95_seconds=0.05, error_ratio=0.0))
     suite = ET.fromstring(junit(verdict, "closed")).find("testsuite")  # noqa: S314 - our own
