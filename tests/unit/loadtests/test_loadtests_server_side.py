@@ -20,7 +20,7 @@ from cxr_loadtests.judge import Objectives, judge
 from cxr_loadtests.report import render
 from cxr_loadtests.results import Result, load_result
 from cxr_loadtests.server_side import Prometheus, scrape, with_metrics, with_prometheus
-from support.loadtests import START, make_result, verdict_of, write_inputs
+from support.loadtests import LENIENT, START, make_result, verdict_of, write_inputs
 
 # 40 requests, all answered.
 RUN = make_result({second: [0.1] * 4 for second in range(10)})
@@ -178,7 +178,9 @@ def test_a_run_is_kept_where_the_server_is_gone_after_it() -> None:
     }
 
 
-def judged_run(folder: Path, result: Result, *options: str) -> "subprocess.CompletedProcess[str]":
+def judged_run(
+    folder: Path, result: Result, *options: str, objectives: dict[str, Any] = LENIENT
+) -> "subprocess.CompletedProcess[str]":
     """`cxr loadtest run` after whose last phase there is this result."""
     result.save(folder)
     code = f"""
@@ -200,7 +202,7 @@ main()
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     return subprocess.run(
-        [sys.executable, "-c", code, *words, *write_inputs(folder)],
+        [sys.executable, "-c", code, *words, *write_inputs(folder, objectives)],
         capture_output=True,
         text=True,
         check=False,
@@ -235,3 +237,11 @@ def test_a_verdict_is_told_where_it_cannot_be_written(tmp_path: Path) -> None:
     assert "Passed." in done.stdout
     assert "Cannot write to" in done.stderr
     assert load_result(tmp_path / "out").verdict is not None
+
+
+def test_a_run_that_cannot_be_judged_is_kept(tmp_path: Path) -> None:
+    dicom = {"objectives": [{"name": "DICOM", "scenario": "dicom", "p99_seconds": 1.0}]}
+    done = judged_run(tmp_path, RUN, objectives=dicom)
+    assert done.returncode == 2
+    assert "nothing that this run has asked" in done.stderr
+    assert load_result(tmp_path / "out") == RUN
