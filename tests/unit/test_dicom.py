@@ -12,6 +12,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import (
+    JPEG2000,
     MPEG4HP41,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -185,6 +186,17 @@ class TestTransferSyntaxes:
         pixels = np.tile((DEEP // 16).astype(np.uint8).repeat(4, 0).repeat(4, 1), (2, 2))
         data = dicom_file(as_jpeg(dicom_dataset(pixels), pixels))
         assert np.abs(shown(data) - pixels).mean() < 3
+
+    @pytest.mark.parametrize(
+        ("depth", "dtype", "tags"), [(8, np.uint8, {}), (12, np.uint16, TWELVE)]
+    )
+    def test_lossy_jpeg_2000(self, depth: int, dtype: type, tags: dict[str, int]) -> None:
+        gradient = np.add.outer(np.arange(64), np.arange(64)) * 2 ** (depth - 7)
+        dataset = dicom_dataset(gradient.astype(dtype), **tags)
+        # A fifth of its size: the pixels that come back are not those that went in.
+        dataset.compress(JPEG2000, j2k_cr=[5], generate_instance_uid=False)
+        assert len(dataset.PixelData) < gradient.size * np.dtype(dtype).itemsize / 5
+        assert np.abs(shown(dicom_file(dataset)) - ramp(gradient, 0, gradient.max())).mean() < 3
 
     @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian])
     def test_other_encodings(self, syntax: str) -> None:
