@@ -6,9 +6,10 @@ from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as _Tag
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE as _BITS
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as _PHOTOMETRIC
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -23,6 +24,10 @@ _MIB = 2**20
 
 # Bits that a detector gives, as far as they need two bytes.
 _DEPTHS = (10, 12, 14, 16)
+
+# Of how they hold pixels (Pillow's raw modes), those whose transparent colour Pillow compares with
+# pixels that it has scaled.
+_KEY_NOT_SCALED = ("L;2", "L;4", "RGB;16B")
 
 # EXIF orientations in which width and height change places.
 _ON_ITS_SIDE = (5, 6, 7, 8)
@@ -90,8 +95,9 @@ def decode(
     """Decode one encoded radiograph.
 
     EXIF orientation is applied. Sixteen-bit images are reduced to eight by the highest of the bits
-    that they use. Transparent pixels are laid on black, the background of a radiograph. What
-    becomes of a DICOM file, :func:`cxr.dicom.decode_dicom` says.
+    that they use; with colour or alpha, they have to use all. Transparent pixels are laid on black,
+    the background of a radiograph. What becomes of a DICOM file,
+    :func:`cxr.dicom.decode_dicom` says.
 
     Args:
         data: one JPEG, PNG, TIFF or DICOM file.
@@ -102,14 +108,14 @@ def decode(
         An image in mode `L` (one channel) or `RGB`, 8 bits a channel.
 
     Raises:
-        BadImageError: empty, too large, not an image, another format, damaged, or not one
-            radiograph of the chest as far as the file says what it is.
+        BadImageError: empty, too large, not an image, another format, damaged, of a depth that
+            would be misread, or not one radiograph of the chest as far as the file says what it is.
     """
     check_size(data, limits)
     if is_dicom(data):
         return decode_dicom(data, limits.max_pixels)
     try:
-        image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
+        image: ImageFile.ImageFile = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise too_many_pixels(limits.max_pixels) from None
     except UnidentifiedImageError:
@@ -127,9 +133,10 @@ def decode(
     try:
         if draft is not None and isinstance(image, JpegImageFile):
             _reduce(image, draft)
+        raw_mode = _raw_mode(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return _eight_bit(image)
+        return _eight_bit(image, raw_mode)
     except (BadImageError, MemoryError):
         raise
     except Exception:  # Pillow raises many types for damaged data
@@ -147,10 +154,44 @@ def _reduce(image: JpegImageFile, draft: Draft) -> None:
     image.draft("L" if draft.luma else None, (max(1, width // factor), max(1, height // factor)))
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """How the file holds its pixels, in Pillow's words, which it forgets in loading.
+
+    Raises:
+        BadImageError: Pillow would misread them.
+    """
+    args = image.tile[0].args
+    raw_mode = str(args[0] if isinstance(args, tuple) else args)
+    # Colours in planes, uncompressed: one channel is read at a time, and always as bytes.
+    wide_planes = (
+        isinstance(image, TiffImageFile)
+        and len(raw_mode) == 1
+        and max(image.tag_v2.get(_BITS, (1,))) > 8  # noqa: PLR2004
+    )
+    if wide_planes or ("transparency" in image.info and raw_mode in _KEY_NOT_SCALED):
+        raise _unsupported(
+            "The file's bits a channel are not accepted together with its colours or its "
+            "transparency; send 8 bits a channel, or grey without transparency."
+        )
+    return raw_mode
+
+
+def _eight_bit(image: Image.Image, raw_mode: str) -> Image.Image:
     """Any Pillow mode that the formats produce, as `L` or `RGB`."""
     if image.mode.startswith(("I", "F")):
         return _from_deep(image)
+    shown = _flat(image)
+    # Of 16 bits with colour or alpha, Pillow gives the high 8. It would be nearly black.
+    if ";16" in raw_mode and np.asarray(shown).max() < 2 ** (_DEPTHS[-2] - 8):
+        raise _unsupported(
+            f"The image has colour or transparency and uses {_DEPTHS[-2]} or fewer of its "
+            f"{_DEPTHS[-1]} bits a channel; send 8 bits a channel, or grey without transparency."
+        )
+    return shown
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """An image of at most eight bits a channel, without transparency, as `L` or `RGB`."""
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
@@ -164,10 +205,9 @@ def _from_deep(image: Image.Image) -> Image.Image:
     """A grey image of more than eight bits, in mode `L`."""
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2 ** _DEPTHS[-1]:
-        raise BadImageError(
-            Rejection.UNSUPPORTED_FORMAT,
-            f"Images of more than {_DEPTHS[-1]} bits a channel are not accepted.",
-        )
+        raise _unsupported(f"Images of more than {_DEPTHS[-1]} bits a channel are not accepted.")
+    if (transparent := image.info.get("transparency")) is not None:
+        pixels = np.where(pixels == transparent, 0, pixels)
     # Detectors have 10 to 16 bits, and the file does not say how many: the fewest that hold the
     # brightest pixel. An image of 12 bits would otherwise be nearly black.
     depth = next(depth for depth in _DEPTHS if pixels.max() < 2**depth)
@@ -175,6 +215,10 @@ def _from_deep(image: Image.Image) -> Image.Image:
     grey = (pixels >> (depth - 8)).astype(np.uint8)
     # Pillow inverts such an image itself, but not one of 16 bits.
     return Image.fromarray(255 - grey if white_is_zero else grey)
+
+
+def _unsupported(sentence: str) -> BadImageError:
+    return BadImageError(Rejection.UNSUPPORTED_FORMAT, sentence)
 
 
 def _damaged() -> BadImageError:
@@ -201,9 +245,7 @@ def _unidentified(data: bytes | bytearray | memoryview) -> BadImageError:
         return _damaged()
     for offset, magic, name in _KNOWN:
         if head[offset : offset + len(magic)] == magic:
-            return BadImageError(
-                Rejection.UNSUPPORTED_FORMAT, f"{name} files are not accepted; send {ACCEPTED}."
-            )
+            return _unsupported(f"{name} files are not accepted; send {ACCEPTED}.")
     return BadImageError(
         Rejection.NOT_AN_IMAGE, f"The data is not an image; send one {ACCEPTED} file."
     )

@@ -9,7 +9,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from cxr.decode import DEFAULT_LIMITS, DecodeLimits, decode, to_array
 from cxr.errors import BadImageError, Rejection
@@ -28,15 +28,55 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def png(
-    width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes], colour: int = 0
+    width: int,
+    height: int,
+    rows: bytes,
+    *chunks: tuple[bytes, bytes],
+    colour: int = 0,
+    bits: int = 8,
 ) -> bytes:
-    """A PNG written by hand, 8 bits a channel; its header may promise more than it holds."""
-    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    """A PNG written by hand; its header may promise more than it holds."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in parts
     )
+
+
+# Colour types of PNG by the number of channels.
+PNG_COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}
+
+
+def deep_png(row: list[list[int]], transparent: list[int] | None = None) -> bytes:
+    """A PNG of one row, 16 bits a channel, and maybe of one transparent colour."""
+    pixels = np.array(row, dtype=">u2")
+    key = () if transparent is None else ((b"tRNS", np.array(transparent, ">u2").tobytes()),)
+    colour = PNG_COLOURS[pixels.shape[1]]
+    return png(len(row), 1, b"\0" + pixels.tobytes(), *key, colour=colour, bits=16)
+
+
+def deep_tiff(row: list[list[int]], planes: bool = False, deflate: bool = False) -> bytes:
+    """A TIFF of one row, RGB, 16 bits a channel, in pixels or in planes of one colour."""
+    pixels = np.array(row, dtype="<u2")
+    strips = [plane.tobytes() for plane in (pixels.T if planes else [pixels])]
+    if deflate:
+        strips = [zlib.compress(strip) for strip in strips]
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[TiffImagePlugin.IMAGEWIDTH] = len(row)
+    tags[TiffImagePlugin.IMAGELENGTH] = tags[TiffImagePlugin.ROWSPERSTRIP] = 1
+    tags[TiffImagePlugin.BITSPERSAMPLE] = (16, 16, 16)
+    tags[TiffImagePlugin.SAMPLESPERPIXEL] = 3
+    tags[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] = 2
+    tags[TiffImagePlugin.PLANAR_CONFIGURATION] = 2 if planes else 1
+    tags[TiffImagePlugin.COMPRESSION] = 8 if deflate else 1
+    sizes = [len(strip) for strip in strips]
+    tags[TiffImagePlugin.STRIPBYTECOUNTS] = tuple(sizes)
+    tags[TiffImagePlugin.STRIPOFFSETS] = tuple(sum(sizes[:number]) for number in range(len(sizes)))
+    buffer = BytesIO()
+    tags.save(buffer)
+    buffer.write(b"".join(strips))
+    return buffer.getvalue()
 
 
 def refused(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> BadImageError:
@@ -140,6 +180,32 @@ class TestAccepted:
         decoded = decode(png(2, 1, rows, (b"tRNS", key), colour=colour))
         assert to_array(decoded.convert("L")).tolist() == [[0, 100]]
 
+    def test_transparent_grey_of_sixteen_bits_lies_on_black(self) -> None:
+        data = deep_png([[40000], [40001], [20000]], transparent=[40000])
+        assert to_array(decode(data)).tolist() == [[0, 40001 >> 8, 20000 >> 8]]
+
+    def test_transparent_pixels_do_not_count_as_the_brightest(self) -> None:
+        data = deep_png([[65535], [4000], [2000]], transparent=[65535])
+        assert to_array(decode(data)).tolist() == [[0, 4000 >> 4, 2000 >> 4]]
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            deep_png([[65535, 40000, 256], [20000, 255, 0]]),
+            deep_tiff([[65535, 40000, 256], [20000, 255, 0]]),
+            deep_tiff([[65535, 40000, 256], [20000, 255, 0]], deflate=True),
+            deep_tiff([[65535, 40000, 256], [20000, 255, 0]], planes=True, deflate=True),
+        ],
+        ids=["png", "tiff", "deflated-tiff", "deflated-planes"],
+    )
+    def test_colour_of_sixteen_bits_is_reduced_by_its_high_byte(self, data: bytes) -> None:
+        assert to_array(decode(data)).tolist() == [[[255, 156, 1], [78, 0, 0]]]
+
+    @pytest.mark.parametrize("grey", [1, 3])
+    def test_alpha_of_sixteen_bits_lies_on_black(self, grey: int) -> None:
+        data = deep_png([[40000] * grey + [65535], [20000] * grey + [0]])
+        assert to_array(decode(data).convert("L")).tolist() == [[156, 0]]
+
     @pytest.mark.parametrize(
         ("orientation", "upright"),
         [
@@ -147,7 +213,9 @@ class TestAccepted:
             (2, np.fliplr(GREY)),
             (3, np.rot90(GREY, 2)),
             (4, np.flipud(GREY)),
+            (5, GREY.T),
             (6, np.rot90(GREY, -1)),
+            (7, np.rot90(GREY, 2).T),
             (8, np.rot90(GREY)),
         ],
     )
@@ -194,6 +262,46 @@ class TestRefused:
         error = refused(encode(Image.fromarray(pixels), "TIFF"))
         assert error.reason is Rejection.UNSUPPORTED_FORMAT
         assert str(error) == "Images of more than 16 bits a channel are not accepted."
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            deep_png([[4000, 4000, 4000], [2000, 2000, 2000]]),
+            deep_png([[16383, 0, 0]]),
+            deep_png([[4000, 65535], [2000, 65535]]),
+            deep_png([[4000, 4095], [2000, 4095]]),
+            deep_png([[4000, 65535], [65535, 0]]),
+            deep_png([[4000, 4000, 4000, 65535]]),
+            deep_tiff([[4000, 4000, 4000], [2000, 2000, 2000]]),
+            deep_tiff([[4000, 4000, 4000], [2000, 2000, 2000]], deflate=True),
+        ],
+        ids=["rgb", "14-bits", "la", "alpha-too", "hidden-white", "rgba", "tiff", "deflated-tiff"],
+    )
+    def test_fewer_bits_in_sixteen_with_colour_or_alpha(self, data: bytes) -> None:
+        error = refused(data)
+        assert error.reason is Rejection.UNSUPPORTED_FORMAT
+        assert str(error) == (
+            "The image has colour or transparency and uses 14 or fewer of its 16 bits a channel; "
+            "send 8 bits a channel, or grey without transparency."
+        )
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            deep_png([[40000, 40000, 40000], [20000, 20000, 20000]], transparent=[40000] * 3),
+            png(2, 1, b"\0\x84", (b"tRNS", struct.pack(">H", 8)), bits=4),
+            png(2, 1, b"\0\x90", (b"tRNS", struct.pack(">H", 2)), bits=2),
+            deep_tiff([[40000, 40000, 40000], [20000, 20000, 20000]], planes=True),
+        ],
+        ids=["transparent-colour", "transparent-4-bits", "transparent-2-bits", "planes"],
+    )
+    def test_what_would_be_misread(self, data: bytes) -> None:
+        error = refused(data)
+        assert error.reason is Rejection.UNSUPPORTED_FORMAT
+        assert str(error) == (
+            "The file's bits a channel are not accepted together with its colours or its "
+            "transparency; send 8 bits a channel, or grey without transparency."
+        )
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
     @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
