@@ -9,6 +9,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,15 @@ pytestmark = pytest.mark.timeout(600)
 
 # The service's objective for latency (docs/sre.md).
 OBJECTIVE = 2.5
-# A gateway follows a pod's end within this many seconds; until then its share of requests may fail.
-NOTICE_SECONDS = 3.0
+# A gateway follows a pod's end within this many seconds; until then its share of requests may fail:
+# half of them, and those in flight. Failures are stamped in whole seconds: the second in which this
+# time ends counts as later.
+NOTICE_SECONDS = 5.0
+MOST_FAILED = 60
+
+NOTICED = Promise(
+    f"at most {MOST_FAILED} failed, none after {NOTICE_SECONDS:g} s", failures=MOST_FAILED
+)
 
 MakeStorm = Callable[[], Storm]
 
@@ -73,22 +81,29 @@ def whole(pair: Namespace) -> float:
 
 
 def test_a_killed_worker(pair: Namespace, storm: MakeStorm) -> None:
-    kill = workers("os.kill(int(pid), signal.SIGKILL)")
+    kill = workers("os.kill(int(pid), signal.SIGKILL); print('killed')")
+    killed = []
     with storm() as load:
         for _ in range(3):
-            pair.execute("python", "-c", kill)
+            killed.append(pair.execute("python", "-c", kill).count("killed"))
             time.sleep(4)
-    keep("worker killed, 3 times", Promise("no failed request"), load)
+    times = sum(count > 0 for count in killed)
+    processes = f"{', '.join(map(str, killed))} processes killed"
+    keep(f"worker killed, {times} times", Promise("no failed request"), load, processes)
+    assert times > 0, processes
 
 
 def test_five_per_cent_of_packets_lost(pair: Namespace, storm: MakeStorm) -> None:
-    with storm() as load, packet_rules(ready_pod(pair), *loss(5)):
+    with storm() as load, packet_rules(ready_pod(pair), *loss(5)) as dropped:
         time.sleep(15)
+        lost = dropped()
     keep(
         "5 % packet loss at one replica",
         Promise("no failed request, p99 within the objective", p99=OBJECTIVE),
         load,
+        f"{lost} packets lost",
     )
+    assert lost > 0
 
 
 def test_a_pod_killed_without_notice(pair: Namespace, storm: MakeStorm) -> None:
@@ -97,11 +112,10 @@ def test_a_pod_killed_without_notice(pair: Namespace, storm: MakeStorm) -> None:
         pair.kubectl("delete", "pod", pair.ready_pods()[0], "--grace-period=0", "--force")
         killed = time.time()
         back = whole(pair)
-    most = int(RATE * NOTICE_SECONDS)
     after = load.failed_after(killed + NOTICE_SECONDS)
     keep(
         "pod killed without notice",
-        Promise(f"at most {most} failed, none after {NOTICE_SECONDS:g} s", failures=most),
+        NOTICED,
         load,
         f"{after} failed later; both replicas ready after {back:.0f} s",
     )
@@ -143,39 +157,48 @@ def _open_again(pair: Namespace, node: str, old: set[str]) -> None:
 
 
 @pytest.mark.long
-def test_a_canary_that_takes_over(pair: Namespace, storm: MakeStorm, models: str) -> None:
+def test_a_canary_that_takes_over(
+    pair: Namespace, storm: MakeStorm, models: str, gateway: Gateway, image: bytes
+) -> None:
     canary = "cxr-cxr-serve-canary-predictor"
+    versions: Counter[str] = Counter()
     with storm() as load:
         pair.upgrade("canary.enabled=true", f"canary.storageUri={models}/2.0")
         wait_for(lambda: pair.ready_pods(canary), "canary", 180)
         for weight in (10, 50, 100, 0):
             pair.upgrade(f"canary.weight={weight}")
-            time.sleep(6)
+            for _ in range(12):
+                time.sleep(0.5)
+                versions[gateway.predict(image)["model_version"]] += 1
         pair.upgrade("canary.enabled=false")
         wait_for(lambda: not pair.pods(canary), "end of the canary")
     keep(
         "canary at 10, 50, 100 and 0 %",
-        Promise("no failed request, each answer that of its version"),
+        Promise("no failed request, each answer that of its version, and both versions answer"),
         load,
+        f"one more client got {dict(versions)}",
     )
+    assert versions.keys() == {"1.0", "2.0"}
 
 
 @pytest.mark.long
 def test_storage_that_is_away_while_a_pod_starts(pair: Namespace, storm: MakeStorm) -> None:
     storage = setting("CXR_E2E_S3_ENDPOINT", "S3 in the cluster").partition(":")[0]
     with storm() as load:
-        with packet_rules(pod_behind(storage), "input tcp dport != 0 drop"):
+        with packet_rules(pod_behind(storage), "input tcp dport != 0 counter drop") as dropped:
             gone = pair.ready_pods()[0]
             pair.kubectl("delete", "pod", gone, "--wait=false")
             time.sleep(25)
             assert len(pair.ready_pods()) == 1
+            lost = dropped()
         back = whole(pair)
     keep(
         "storage away for 25 s while a pod starts",
         Promise("no failed request, the pod comes by itself within 180 s"),
         load,
-        f"ready {back:.0f} s after storage was back",
+        f"{lost} packets lost, ready {back:.0f} s after storage was back",
     )
+    assert lost > 0
 
 
 @pytest.mark.long
@@ -185,18 +208,20 @@ def test_slow_name_resolution_while_a_pod_starts(pair: Namespace, storm: MakeSto
         storm() as load,
         packet_rules(
             pod_behind("kube-dns.kube-system"),
-            "input udp dport 53 numgen random mod 100 < 50 drop",
-        ),
+            "input udp dport 53 numgen random mod 100 < 50 counter drop",
+        ) as dropped,
     ):
         pair.kubectl("delete", "pod", pair.ready_pods()[0], "--wait=false")
         time.sleep(2)
         back = whole(pair)
+        lost = dropped()
     keep(
         "half of the DNS queries lost while a pod starts",
         Promise("no failed request, the pod comes within 180 s"),
         load,
-        f"both replicas ready after {back:.0f} s",
+        f"{lost} queries lost, both replicas ready after {back:.0f} s",
     )
+    assert lost > 0
 
 
 def test_two_hundred_milliseconds_of_latency(pair: Namespace, storm: MakeStorm) -> None:
@@ -249,12 +274,11 @@ def test_memory_until_the_limit(pair: Namespace, storm: MakeStorm) -> None:
         back = whole(pair)
         time.sleep(5)
     (status,) = pair.get("pod", victim)["status"]["containerStatuses"]
-    most = int(RATE * NOTICE_SECONDS)
-    after = load.failed_after(ended + NOTICE_SECONDS + 2)
+    after = load.failed_after(ended + NOTICE_SECONDS)
     reason = status["lastState"].get("terminated", {}).get("reason", "only the process was ended")
     keep(
         "memory to the limit",
-        Promise(f"at most {most} failed, none after {NOTICE_SECONDS:g} s", failures=most),
+        NOTICED,
         load,
         f"{reason}; {after} failed later; both replicas ready {back:.0f} s later",
     )
@@ -286,11 +310,10 @@ def test_a_container_out_of_memory(pair: Namespace, storm: MakeStorm) -> None:
         wait_for(ended, "end of the container")
         back = whole(pair)
     assert ended()["reason"] == "OOMKilled"
-    most = int(RATE * NOTICE_SECONDS)
     after = load.failed_after(killed + NOTICE_SECONDS)
     keep(
         "container out of memory",
-        Promise(f"at most {most} failed, none after {NOTICE_SECONDS:g} s", failures=most),
+        NOTICED,
         load,
         f"OOMKilled; {after} failed later; the same pod ready again {back:.0f} s later",
     )
@@ -314,13 +337,31 @@ def test_slow_clients(pair: Namespace, storm: MakeStorm, gateway: Gateway) -> No
         for _ in range(15):
             time.sleep(1)
             for connection in slow:
+                # One that was cut is counted below.
                 with contextlib.suppress(OSError):
                     connection.sendall(b"x")
+        waiting = sum(still_open(connection) for connection in slow)
     keep(
         "100 slow clients",
-        Promise("no failed request of the others, p99 within the objective", p99=OBJECTIVE),
+        Promise(
+            "no failed request of the others, p99 within the objective, no slow one cut in 15 s",
+            p99=OBJECTIVE,
+        ),
         load,
+        f"{waiting} of {len(slow)} slow ones still open",
     )
+    assert waiting == len(slow)
+
+
+def still_open(connection: socket.socket) -> bool:
+    """Whether a connection was neither answered nor closed by the other end."""
+    try:
+        connection.recv(1, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @pytest.mark.long
@@ -353,11 +394,11 @@ def test_alerts_keep_their_clock(
     What the pod has counted must stay in the windows, so that the alert neither begins anew nor is
     forgotten.
     """
-    alert, window, delay = "CXRLatencyBudgetBurn", 60, 15
+    alert, window, delay, scrape = "CXRLatencyBudgetBurn", 60, 15, 5
     values = tmp_path / "rules.yaml"
     burn = {"long": f"{window}s", "short": f"{window}s", "factor": 0.5, "for": f"{delay}s"}
     monitoring = {
-        "podMonitor": {"enabled": True, "interval": "5s"},
+        "podMonitor": {"enabled": True, "interval": f"{scrape}s"},
         "rules": {"enabled": True},
         "slo": {
             "period": "10m",
@@ -380,24 +421,29 @@ def test_alerts_keep_their_clock(
         pair.kubectl("delete", "pod", victim, "--grace-period=0", "--force")
         run("kubectl", "-n", namespace, "rollout", "restart", f"deploy/{name}")
         wait_for(lambda: alert in prometheus.alerts(), "alert that fires")
-        fired = time.time()
+        fired = prometheus.first_fired(alert, began) - began
+        interval = prometheus.evaluation_interval(alert)
         kept = prometheus.active_since(alert)
         run("kubectl", "-n", namespace, "rollout", "status", f"deploy/{name}", "--timeout=120s")
         wait_for(lambda: prometheus.active_since(alert) is None, "end of the alert", 180)
         cleared = time.time()
         whole(pair)
-    assert kept == began
-    # Until the last slow request has left the window; two scrapes and evaluations are its edges.
-    assert cleared - slow > window - 20
-    most = int(RATE * (NOTICE_SECONDS + 10))
+    # Two scrapes and evaluations are the edges of the window.
+    least = window - 2 * (scrape + interval)
+    # The next evaluation after the delay; a busy machine may miss one.
+    latest = delay + 2 * interval
+    most = MOST_FAILED + int(RATE * 10)
     keep(
         "pod killed and gateway restarted while an alert waits",
         Promise(
-            f"fires {delay} s after it began, not anew; clear when the window of {window} s is "
-            f"over; at most {most} failed",
+            f"fires {delay} to {latest:g} s after it began, not anew; ends later than {least:g} s "
+            f"after the last slow request (window of {window} s); at most {most} failed",
             failures=most,
         ),
         load,
-        f"fired {fired - began:.0f} s after it began, clear {cleared - slow:.0f} s after the last "
-        "slow request",
+        f"fired {fired:.0f} s after it began, clear {cleared - slow:.0f} s after the last slow "
+        "request",
     )
+    assert kept == began
+    assert delay <= fired <= latest
+    assert cleared - slow > least

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -123,9 +123,9 @@ class Storm:
         return self.figures.failures
 
     def failed_after(self, moment: float) -> int:
-        """Requests that failed after a Unix time."""
+        """Requests that failed after a Unix time, and in the whole second that holds it."""
         assert self.result is not None
-        late = [item for item in self.result.bins if item.second > moment]
+        late = [item for item in self.result.bins if item.second + 1 > moment]
         return sum(sum(item.failures.values()) for item in late)
 
 
@@ -198,9 +198,13 @@ def process_of(pod: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def packet_rules(pod: dict[str, Any], *rules: str) -> Iterator[None]:
+def packet_rules(pod: dict[str, Any], *rules: str) -> Iterator[Callable[[], int]]:
     """nftables rules in a pod's network namespace; each begins with its chain: `input` or `output`,
-    or `nat` for what comes in."""
+    or `nat` for what comes in.
+
+    Yields:
+        how many packets the rules with a `counter` have met until now.
+    """
     enter = ("nsenter", "-t", str(process_of(pod)), "-n", "nft")
     hooks = {"input": "filter", "output": "filter", "nat": "nat"}
     text = [f"table ip {_TABLE} {{"]
@@ -214,15 +218,21 @@ def packet_rules(pod: dict[str, Any], *rules: str) -> Iterator[None]:
             text.append(" }")
     text.append("}")
     run(*enter, "-f", "-", stdin="\n".join(text) + "\n")
+
+    def met() -> int:
+        listed = json.loads(run(*enter, "-j", "list", "table", "ip", _TABLE))["nftables"]
+        parts = [part for item in listed if "rule" in item for part in item["rule"]["expr"]]
+        return sum(part["counter"]["packets"] for part in parts if "counter" in part)
+
     try:
-        yield
+        yield met
     finally:
         run(*enter, "delete", "table", "ip", _TABLE, check=False)
 
 
 def loss(percent: int) -> tuple[str, str]:
     """Rules that lose some of the packets, both ways."""
-    rule = f"numgen random mod 100 < {percent} drop"
+    rule = f"numgen random mod 100 < {percent} counter drop"
     return f"input {rule}", f"output {rule}"
 
 

@@ -40,6 +40,22 @@ class Prometheus:
         found = self.query(f"last_over_time({firing}[{seconds:.0f}s])")
         return {item["metric"]["alertname"] for item in found}
 
+    def first_fired(self, alert: str, since: float) -> float:
+        """Unix time of the evaluation that made an alert fire, the first one after another time."""
+        name = f'namespace="{self._namespace}", alertname="{alert}", alertstate="firing"'
+        found = self.query(f"ALERTS{{{name}}}[10m]")
+        return min(at for item in found for at, _ in item["values"] if at >= since)
+
+    def evaluation_interval(self, alert: str) -> float:
+        """Seconds from one evaluation of an alert to the next."""
+        response = self._pool.request("GET", f"{self._url}/api/v1/rules", fields={"type": "alert"})
+        assert response.status == 200, f"{response.data[:500]!r}"
+        return max(
+            float(group["interval"])
+            for group in response.json()["data"]["groups"]
+            if any(rule["name"] == alert for rule in group["rules"])
+        )
+
     def active_since(self, alert: str) -> float | None:
         """Unix time from which on an alert's condition has held; None while it does not."""
         name = f'namespace="{self._namespace}", alertname="{alert}"'
