@@ -8,6 +8,7 @@ import pytest
 from cxr_archive.packager import pack
 from cxr_server.settings import RuntimeName
 from support.bundles import make_bundle
+from support.figures import report
 from support.fuzz import Fuzz
 from support.servers import serving
 
@@ -16,17 +17,14 @@ REQUESTS = int(os.environ.get("REQUESTS", "10000"))
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("runtime", RuntimeName)
-def test_many_mixed_requests(
-    tmp_path: Path, runtime: RuntimeName, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_many_mixed_requests(tmp_path: Path, runtime: RuntimeName) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     archive = tmp_path / "cxr.mar"
     pack(bundle, archive)
     with serving(archive, f"--runtime={runtime}") as server:
         workers = server.worker_pids()
         fuzz = Fuzz(server, bundle, REQUESTS).run()
-        with capsys.disabled():
-            print(f"\n{runtime}: {fuzz}")  # noqa: T201
+        report(f"fuzz, {runtime}", str(fuzz))
         fuzz.check()
         assert server.worker_pids() == workers, "a worker died"
         assert "unexpected" not in server.log

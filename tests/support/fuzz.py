@@ -1,5 +1,6 @@
 """Many requests at once, some of them hostile, and what became of them."""
 
+import json
 import random
 import socket
 import struct
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from http.client import HTTPResponse, RemoteDisconnected
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import psutil
 import pydicom
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2_grpc
 
 from cxr.answer import Prediction
@@ -34,6 +37,11 @@ CONCURRENCY = 16
 BAD_SHARE = 0.2
 REFUSALS = {"400", "413", "415", "422", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
 TRY_AGAIN = {"503", "UNAVAILABLE"}
+# Of the good requests. A server takes far more images at a time than there are clients here, and so
+# has no reason to turn one away; whoever stands in for it must answer nearly all.
+LEAST_ANSWERED = 0.95
+# Of a probability; another number of threads adds up in another order.
+TOLERANCE = 1e-6
 # Some of the damaged files can still be read.
 ALLOWED = {"200", "OK", "left"} | REFUSALS | TRY_AGAIN
 PNG = {"Content-Type": "image/png"}
@@ -109,14 +117,37 @@ def pydicom_samples() -> list[Path]:
     return sorted((Path(pydicom.__file__).parent / "data" / "test_files").glob("*.dcm"))
 
 
+# Label and probabilities, in order of the labels; None where the image was refused.
+_Answer = tuple[str, Sequence[float]] | None
+
+
+def _same(answer: _Answer, prediction: Prediction) -> bool:
+    if answer is None:
+        return False
+    label, found = answer
+    expected = list(prediction.probabilities.values())
+    return (
+        label == prediction.label
+        and len(found) == len(expected)
+        and np.allclose(found, expected, rtol=0, atol=TOLERANCE)
+    )
+
+
+def _listed(counts: "Counter[str]") -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
 @dataclass
 class Fuzz:
     """One run.
 
     Attributes:
         outcomes: what came back, by status.
-        wrong: good images that were answered with something else than by the engine.
+        good: what came back for good images, by status.
+        wrong: good images that were answered with another label, or other probabilities, than by
+            the engine.
         without_retry_after: answers of 503 that do not say when to try again.
+        images: what the server says became of them: answered, or the reason of the rejection.
         memory: bytes of all the server's processes together, first when settled and at the end.
         seconds: how long it took.
     """
@@ -129,6 +160,7 @@ class Fuzz:
     good: "Counter[str]" = field(default_factory=Counter)
     wrong: int = 0
     without_retry_after: int = 0
+    images: "Counter[str]" = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -142,8 +174,10 @@ class Fuzz:
             if isinstance(prediction, Prediction)
         ]
         assert len(self._good) == len(images)
+        self._labels = list(self._good[0][1].probabilities)
         self._lock = threading.Lock()
         bomb()
+        before = images_of(self.server)
         start = time.monotonic()
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             for share in (_SETTLED, 1 - _SETTLED):
@@ -152,6 +186,7 @@ class Fuzz:
                 list(pool.map(self._client, seeds, [each] * CONCURRENCY))
                 self.memory.append(memory_of(self.server))
         self.seconds = time.monotonic() - start
+        self.images = images_of(self.server) - before
         return self
 
     @property
@@ -159,18 +194,25 @@ class Fuzz:
         """Of the memory, as a fraction of what it was when settled."""
         return self.memory[1] / self.memory[0] - 1
 
+    @property
+    def answered(self) -> float:
+        """Of the good requests, as a fraction."""
+        return (self.good["200"] + self.good["OK"]) / self.good.total()
+
     def __str__(self) -> str:
+        first, last = (size / 2**20 for size in self.memory)
         return (
-            f"{sum(self.outcomes.values())} requests in {self.seconds:.0f} s, "
-            f"{dict(sorted(self.outcomes.items()))}; good ones {dict(sorted(self.good.items()))}, "
-            f"{self.wrong} wrong; memory {self.memory[0] / 2**20:.0f} MiB, "
-            f"{self.growth:+.1%} at the end"
+            f"{self.outcomes.total()} requests in {self.seconds:.0f} s, {_listed(self.outcomes)}; "
+            f"{self.good.total()} good ones, {self.answered:.1%} answered ({_listed(self.good)}), "
+            f"{self.wrong} wrong; images {_listed(self.images)}; "
+            f"memory {first:.0f} MiB, {last:.0f} MiB ({self.growth:+.1%}) at the end"
         )
 
     def check(self) -> None:
         """Assert what is promised, but for the memory."""
         assert set(self.outcomes) <= ALLOWED, self
         assert set(self.good) <= {"200", "OK"} | TRY_AGAIN | {"RESOURCE_EXHAUSTED"}, self
+        assert self.answered >= LEAST_ANSWERED, self
         assert self.wrong == 0, self
         assert self.without_retry_after == 0, self
 
@@ -192,10 +234,10 @@ class Fuzz:
             for _ in range(requests):
                 if rng.random() >= BAD_SHARE:
                     image, prediction = rng.choice(self._good)
-                    outcome, label = rng.choice(asks)(image)
+                    outcome, answer = rng.choice(asks)(image)
                     with self._lock:
                         self.good[outcome] += 1
-                        self.wrong += outcome in ("200", "OK") and label != prediction.label
+                        self.wrong += outcome in ("200", "OK") and not _same(answer, prediction)
                 elif rng.random() < 0.1:
                     outcome = rng.choice((self._slow, self._half_closed))(rng.choice(self._good)[0])
                 else:
@@ -205,27 +247,35 @@ class Fuzz:
 
     def _post(
         self, http: httpx.Client, path: str, body: bytes, headers: dict[str, str]
-    ) -> tuple[str, Any]:
+    ) -> tuple[str, _Answer]:
         answer = http.post(path, content=body, headers=headers)
-        if answer.status_code == 503 and "retry-after" not in answer.headers:
-            with self._lock:
-                self.without_retry_after += 1
+        self._note(answer.status_code, "retry-after" in answer.headers)
         if answer.status_code != 200:
             return str(answer.status_code), None
         document = answer.json()
         if "predictions" in document:
-            return "200", document["predictions"][0].get("label")
-        return "200", next(item for item in document["outputs"] if item["name"] == "label")["data"][
-            0
-        ]
+            (prediction,) = document["predictions"]
+            if "label" not in prediction:
+                return "200", None
+            probabilities = [prediction["probabilities"][label] for label in self._labels]
+            return "200", (prediction["label"], probabilities)
+        outputs = {output["name"]: output for output in document["outputs"]}
+        assert json.loads(outputs["probabilities"]["parameters"]["labels"]) == self._labels
+        return "200", (outputs["label"]["data"][0], outputs["probabilities"]["data"])
 
-    def _call(self, stub: Any, image: bytes) -> tuple[str, Any]:
+    def _call(self, stub: Any, image: bytes) -> tuple[str, _Answer]:
         try:
             answer = stub.ModelInfer(grpc_request([image]), timeout=120)
         except grpc.RpcError as error:
             return error.code().name, None
-        labels = next(item for item in answer.outputs if item.name == "label")
-        return "OK", labels.contents.bytes_contents[0].decode()
+        outputs = {output.name: output.contents for output in answer.outputs}
+        label = outputs["label"].bytes_contents[0].decode()
+        return "OK", (label, list(outputs["probabilities"].fp32_contents))
+
+    def _note(self, status: int, retry_after: bool) -> None:
+        if status == 503 and not retry_after:
+            with self._lock:
+                self.without_retry_after += 1
 
     def _slow(self, image: bytes) -> str:
         """A client that takes its time, and leaves in the middle of its request."""
@@ -240,9 +290,14 @@ class Fuzz:
         with self._started(image) as raw:
             raw.sendall(image)
             raw.shutdown(socket.SHUT_WR)
-            while raw.recv(65536):
-                pass
-        return "left"
+            with HTTPResponse(raw, method="POST") as answer:
+                try:
+                    answer.begin()
+                except RemoteDisconnected:  # the server may take it as one that has left
+                    return "left"
+                answer.read()
+        self._note(answer.status, answer.getheader("Retry-After") is not None)
+        return str(answer.status)
 
     def _started(self, image: bytes) -> socket.socket:
         host, _, port = self.server.rest.removeprefix("http://").rpartition(":")
@@ -256,3 +311,16 @@ def memory_of(server: Server) -> int:
     """Resident bytes of the server's processes together."""
     processes = [psutil.Process(server.pid), *server.tree()]
     return sum(process.memory_info().rss for process in processes)
+
+
+def images_of(server: Server) -> "Counter[str]":
+    """What the server says that became of images: answered, or the reason of the rejection."""
+    families = text_string_to_metric_families(httpx.get(server.metrics).text)
+    (images,) = (family for family in families if family.name == "cxr_images")
+    return Counter(
+        {
+            sample.labels["outcome"]: int(sample.value)
+            for sample in images.samples
+            if sample.name == "cxr_images_total"
+        }
+    )

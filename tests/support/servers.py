@@ -42,6 +42,12 @@ class Server:
         return self.process.pid
 
     @property
+    def runtime(self) -> str:
+        """The one that it was asked for by name."""
+        (name,) = (word for word in self.process.args if word.startswith("--runtime="))
+        return name.removeprefix("--runtime=")
+
+    @property
     def stdout(self) -> str:
         return (self.folder.parent / "stdout").read_text()
 
