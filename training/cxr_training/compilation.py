@@ -306,21 +306,27 @@ def _judged(
 
 def _figures(name: str, trial: _Trial, original: _Trial, gate: Gate) -> Candidate:
     lost = float(original.right.mean() - trial.right.mean())
-    difference = float(np.quantile(trial.differences, 0.95))
+    # A probability that is no number is as far off as one can be, and is refused by any gate; so is
+    # a score, whose median has moved its limit.
+    sound = np.isfinite([*trial.differences, *trial.limits.values()]).all()
+    differences = np.nan_to_num(trial.differences, nan=1.0, posinf=1.0)
+    difference = float(np.quantile(differences, 0.95))
     flags = (trial.flags != original.flags).any(axis=1)
     return Candidate(
         name=name,
         accuracy=float(trial.right.mean()),
         labels_changed=int((trial.labels != original.labels).sum()),
         difference_p95=difference,
-        difference_max=float(trial.differences.max()),
+        difference_max=float(differences.max()),
         milliseconds=float(np.median(trial.seconds)) * 1e3,
         speedup=float(np.median(original.seconds) / np.median(trial.seconds)),
         flags_changed=int(flags.sum()) if trial.limits else None,
-        # False for NaN too.
-        passed=lost <= gate.accuracy + _ROUNDING
-        and difference <= gate.difference
-        and flags.mean() <= gate.flags + _ROUNDING,
+        passed=bool(
+            sound
+            and lost <= gate.accuracy + _ROUNDING
+            and difference <= gate.difference
+            and flags.mean() <= gate.flags + _ROUNDING
+        ),
     )
 
 
