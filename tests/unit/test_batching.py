@@ -1,0 +1,60 @@
+"""What the runtime without TorchServe reads in an archive about batches, on CPU and on GPU."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from cxr_archive.packager import MODEL_CONFIG
+from cxr_server import inprocess, worker
+from cxr_server.inprocess import Batching, InProcess
+from cxr_server.settings import Settings
+from support.archives import Files, edited_archive
+
+
+def batching(folder: Path, changes: dict[str, Any], provider: str) -> Batching:
+    """What a worker is given whose engine runs on this provider."""
+
+    def edit(files: Files) -> None:
+        settings = yaml.safe_load(files[MODEL_CONFIG]) | changes
+        files[MODEL_CONFIG] = yaml.safe_dump(settings).encode()
+
+    async def read() -> Batching:
+        runtime = InProcess(edited_archive(folder, edit), Settings())
+        await runtime.start()
+        try:
+            handler = SimpleNamespace(engine=SimpleNamespace(provider=provider))
+            return runtime._batching(gpu=worker._device(handler) == "gpu")
+        finally:
+            await runtime.stop()
+
+    return asyncio.run(read())
+
+
+@pytest.mark.parametrize(
+    ("changes", "cpu", "gpu"),
+    [
+        ({}, Batching(size=1, delay=0), Batching(size=8, delay=0.005)),
+        (
+            {"maxBatchDelay": 20, "gpu": {"batchSize": 4}},
+            Batching(size=1, delay=0.02),
+            Batching(size=4, delay=0.02),
+        ),
+        ({"batchSize": 2, "gpu": None}, Batching(size=2, delay=0), Batching(size=2, delay=0)),
+    ],
+    ids=["as packed", "a part of it", "nothing of its own"],
+)
+def test_a_gpu_has_batches_of_its_own(
+    changes: dict[str, Any],
+    cpu: Batching,
+    gpu: Batching,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inprocess, "worker_cores", lambda _: [])  # no processes
+    assert batching(tmp_path / "cpu", changes, "CPUExecutionProvider") == cpu
+    for provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
+        assert batching(tmp_path / provider, changes, provider) == gpu
