@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
@@ -21,6 +22,8 @@ from cxr.decode import DecodeLimits
 from cxr.engine import CONFIG_FILE, Engine
 from cxr.errors import BadImageError, ModelLoadError, Rejection
 from support.bundles import LABELS, encoded_image, graph_bytes, make_bundle
+
+CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,41 @@ class TestLoad:
         assert (engine.name, engine.version, engine.labels) == ("cxr", "1.0", LABELS)
         assert engine.provider.endswith("ExecutionProvider")
         assert isinstance(engine.warm_up(), Prediction)
+
+    @pytest.mark.parametrize(
+        ("available", "compiled_for", "asked"),
+        [
+            ([CPU], None, [CPU]),
+            ([CPU, TENSORRT, CUDA], None, [CUDA, CPU]),
+            ([TENSORRT, CUDA, CPU], TENSORRT, [TENSORRT, CUDA, CPU]),
+            ([CUDA, CPU], TENSORRT, [CUDA, CPU]),
+        ],
+    )
+    def test_a_gpu_comes_first_where_there_is_one(
+        self,
+        available: list[str],
+        compiled_for: str | None,
+        asked: list[str],
+        bundle: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        seen = []
+        session = ort.InferenceSession
+
+        def record(model: bytes, options: Any, *, providers: list[str]) -> ort.InferenceSession:
+            seen.append(providers)
+            return session(model, options, providers=[CPU])
+
+        if compiled_for:
+            edit(
+                bundle,
+                lambda document: document.update(compilation={"execution_provider": compiled_for}),
+            )
+        monkeypatch.setattr(ort, "get_available_providers", lambda: available)
+        monkeypatch.setattr(ort, "InferenceSession", record)
+        Engine(bundle)
+        Engine(bundle, providers=[CPU])
+        assert seen == [asked, [CPU]]
 
     def test_a_changed_graph(self, bundle: Path) -> None:
         graph = bytearray((bundle / "model.onnx").read_bytes())
