@@ -226,7 +226,7 @@ def start_all(
                 if subject.ours:
                     raise SystemExit(str(error)) from None
                 print(error, file=sys.stderr)
-                rows.failed[subject.name] = str(error).partition("\n")[0]
+                rows.failed[subject.name] = error.reason
                 continue
             drive(requests, concurrency=max(arguments.concurrency), seconds=arguments.warm_up)
             started.append(Started(subject, precision, server, requests))
@@ -252,7 +252,7 @@ def check_answers(
     agreeing = 0
     for image, answer in zip(images, answers, strict=False):
         if answer is None:
-            raise SubjectError(f"{subject.name} left an image unanswered.")
+            raise SubjectError(subject.name, "left an image unanswered")
         expected = engine.predict([image])[0]
         if isinstance(expected, BadImageError):
             raise SystemExit(f"An image cannot be used: {expected}")
@@ -261,7 +261,8 @@ def check_answers(
         number = str(engine.labels.index(expected.label))
         agreeing += (number if subject.shares else expected.label).encode() in answer
     if agreeing < 0.8 * len(answers):
-        raise SubjectError(f"{subject.name} answers {agreeing} of {len(answers)} images correctly.")
+        reason = f"answered {agreeing} of {len(answers)} images correctly"
+        raise SubjectError(subject.name, reason)
 
 
 def measured_limit(setting: Setting, images: list[bytes], seconds: float) -> dict[str, Any]:

@@ -75,8 +75,14 @@ def _conditions(result: dict[str, Any]) -> str:
         f"{facts['onnxruntime']}, Pillow {facts['pillow']}, PyTorch {facts['torch']}. "
         f"{result['images']['count']} images of {result['images']['kilobytes']:.0f} kB on average; "
         f"{result['rounds']} rounds of {result['seconds']:g} s a row."
-        + "".join(f" Not measured in every round: {why}" for why in result["failed"].values())
+        f"{_failed(result['failed'])}"
     )
+
+
+def _failed(why: dict[str, str]) -> str:
+    if not why:
+        return ""
+    return f" Not measured: {'; '.join(f'{name} ({reason})' for name, reason in why.items())}."
 
 
 def _best(rows: list[dict[str, Any]]) -> str:

@@ -34,7 +34,15 @@ Command = Callable[["Subject", "Setting", int], Sequence[str]]
 
 
 class SubjectError(RuntimeError):
-    """A server that did not start, or answered wrongly; the first line says which."""
+    """A server that did not start, or answered wrongly.
+
+    Attributes:
+        reason: what it did, without its name: a few words that may be published.
+    """
+
+    def __init__(self, name: str, reason: str, log: str = "") -> None:
+        super().__init__(f"{name} {reason}.\n{log}".rstrip())
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -328,9 +336,14 @@ def running(subject: Subject, setting: Setting, probe: bytes) -> Iterator[Runnin
         )
         try:
             while ask_each([Request(url, body, headers)])[0] is None:
-                if process.poll() is not None or time.perf_counter() - start > _START_SECONDS:
+                reason = ""
+                if (code := process.poll()) is not None:
+                    reason = f"ended at its start with code {code}"
+                elif time.perf_counter() - start > _START_SECONDS:
+                    reason = f"answered nothing within {_START_SECONDS:g} s"
+                if reason:
                     tail = log.read_text(errors="replace")[-2000:]
-                    raise SubjectError(f"{subject.name} did not start:\n{tail}")
+                    raise SubjectError(subject.name, reason, tail)
                 time.sleep(_POLL_SECONDS)
             yield Running(url, time.perf_counter() - start, process)
         finally:
