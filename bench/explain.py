@@ -1,11 +1,12 @@
 """What explanations cost: one image from its bytes to its answer, with and without a heat map.
 
-usage: python bench/explain.py BUNDLE IMAGE... [--rounds N]
+usage: python bench/explain.py BUNDLE IMAGE... [--rounds N] [--most RATIO]
 
 Three answers are timed by turns, in one process and on one thread, by the processor's time, which
 hardly depends on what else the machine does: by the graph without its branch
 for explanations (what a model without them costs), by the whole graph without an explanation, and
-with one. Prints medians and their ratios as JSON.
+with one. Prints medians and their ratios as JSON, and fails where an explained answer takes more
+than RATIO times as long as a plain one.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--most", type=float, default=1.5, help="times a plain answer, at most")
     arguments = parser.parse_args()
     images = [path.read_bytes() for path in arguments.images]
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +66,7 @@ def main() -> None:
                     if number:  # the first round warms up
                         times[name].append(time.process_time() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
+    ratio = medians["explained"] / medians["plain"]
     print(
         json.dumps(
             {
@@ -71,11 +74,16 @@ def main() -> None:
                 "rounds": arguments.rounds,
                 "milliseconds": {name: round(1000 * value, 1) for name, value in medians.items()},
                 "plain_to_without": round(medians["plain"] / medians["without"], 3),
-                "explained_to_plain": round(medians["explained"] / medians["plain"], 3),
+                "explained_to_plain": round(ratio, 3),
             },
             indent=2,
         )
     )
+    if ratio > arguments.most:
+        raise SystemExit(
+            f"An explained answer takes {ratio:.2f} times as long as a plain one; at most "
+            f"{arguments.most:g} times were wanted."
+        )
 
 
 if __name__ == "__main__":
