@@ -281,24 +281,72 @@ asyncio.run(main())
 """
 
 
+# The same for datagrams; what has come is answered by a socket of its own.
+_DATAGRAM_PROXY = """
+import asyncio, sys
+port, target, delay = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+
+class Far(asyncio.DatagramProtocol):
+    def __init__(self, data, answer):
+        self.data, self.answer = data, answer
+    def connection_made(self, transport):
+        self.transport = transport
+        transport.sendto(self.data)
+        asyncio.get_running_loop().call_later(10, transport.close)
+    def datagram_received(self, data, _):
+        self.answer(data)
+
+class Near(asyncio.DatagramProtocol):
+    def connection_made(self, transport):
+        self.transport = transport
+    def datagram_received(self, data, address):
+        asyncio.ensure_future(self.pass_on(data, address))
+    async def pass_on(self, data, address):
+        await asyncio.sleep(delay)
+        answer = lambda data: self.transport.sendto(data, address)
+        await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: Far(data, answer), remote_addr=("127.0.0.1", target))
+
+async def main():
+    await asyncio.get_running_loop().create_datagram_endpoint(Near, local_addr=("0.0.0.0", port))
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+_PROXIES = {"tcp": _PROXY, "udp": _DATAGRAM_PROXY}
+
+
 @contextlib.contextmanager
-def delayed(pod: dict[str, Any], seconds: float) -> Iterator[None]:
-    """Put a delaying proxy before the REST and gRPC ports of a pod, in its network namespace."""
+def delayed(
+    pod: dict[str, Any], seconds: float, protocol: str = "tcp", ports: Sequence[int] = (8080, 8081)
+) -> Iterator[Callable[[], int]]:
+    """Put a delaying proxy before ports of a pod, those of REST and gRPC, in its network namespace.
+
+    Yields:
+        how many connections, or senders of datagrams, have gone to it until now.
+    """
     enter = ("nsenter", "-t", str(process_of(pod)), "-n")
-    ports = {8080: 18080, 8081: 18081}
     proxies = [
         subprocess.Popen(
-            [*enter, sys.executable, "-c", _PROXY, str(proxy), str(port), str(seconds)],
+            [
+                *enter,
+                sys.executable,
+                "-c",
+                _PROXIES[protocol],
+                *map(str, (10000 + port, port, seconds)),
+            ],
             stderr=subprocess.DEVNULL,
         )
-        for port, proxy in ports.items()
+        for port in ports
     ]
     try:
         time.sleep(1)
         assert all(proxy.poll() is None for proxy in proxies)
-        rules = [f"nat tcp dport {port} redirect to :{proxy}" for port, proxy in ports.items()]
-        with packet_rules(pod, *rules):
-            yield
+        rules = [
+            f"nat {protocol} dport {port} counter redirect to :{10000 + port}" for port in ports
+        ]
+        with packet_rules(pod, *rules) as met:
+            yield met
             # What was connected through the proxies goes on through them until it is closed.
         time.sleep(1)
     finally:
