@@ -12,7 +12,6 @@ import signal  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
-from types import TracebackType  # noqa: E402
 from typing import Any, Self  # noqa: E402
 
 import gevent  # noqa: E402
@@ -390,12 +389,7 @@ class Crew:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.runner.quit()
 
     @property
