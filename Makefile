@@ -65,6 +65,10 @@ bench-overhead: setup ## Measure what metrics, logs and traces cost (DATA=FOLDER
 bench-openvino: setup ## Measure whether OpenVINO would be faster (DATA=FOLDER)
 	$(BIN)/python bench/providers.py --out "$(BENCH_OUT)" --page docs/benchmarks.md $(if $(DATA),--data "$(DATA)")
 
+.PHONY: bench-gpu
+bench-gpu: setup ## Measure what a GPU is worth (on one, with onnxruntime-gpu; DATA=FOLDER)
+	$(BIN)/python bench/gpu.py --out "$(BENCH_OUT)/gpu" --page docs/benchmarks.md $(if $(DATA),--data "$(DATA)") $(BENCH)
+
 .PHONY: loadtest
 loadtest: setup ## Load test with a verdict (HOST=URL: a running service, else the demo's; LOADTEST="--shape step ...")
 	$(if $(HOST),,test -f "$(OUT)/cxr.mar" || $(MAKE) demo)
@@ -126,6 +130,10 @@ e2e: setup ## Try everything on the cluster of KUBECONFIG (CONTRIBUTING.md: sett
 .PHONY: chaos
 chaos: setup ## Faults under load on the cluster, promised against observed (settings as e2e; ONLY=EXPRESSION)
 	$(PYTEST) tests/e2e/test_e2e_chaos.py $(if $(ONLY),-k "$(ONLY)")
+
+.PHONY: test-gpu
+test-gpu: setup ## Training, engine and both runtimes on an NVIDIA GPU (with onnxruntime-gpu in place of onnxruntime)
+	$(PYTEST) tests/gpu
 
 .PHONY: capacity-e2e
 capacity-e2e: setup ## The simulated autoscaling beside the cluster's own (settings as e2e)

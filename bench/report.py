@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import onnxruntime as ort
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -28,7 +29,7 @@ def machine() -> dict[str, Any]:
         ],
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
-        "onnxruntime": version("onnxruntime"),
+        "onnxruntime": ort.__version__,
         "pillow": version("pillow"),
         "torch": version("torch"),
     }

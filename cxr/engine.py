@@ -1,9 +1,12 @@
 """The inference engine: encoded images in, probabilities out, through ONNX Runtime."""
 
+import contextlib
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +35,12 @@ LOAD_ERROR_FILE_ENV = "CXR_LOAD_ERROR_FILE"
 
 _SUM_TOLERANCE = 1e-3
 
+# Convolutions in full float32, as on a CPU, and their algorithms chosen by rule: by trial, which is
+# ONNX Runtime's default, the first batch of each size waits for it.
+_PROVIDER_OPTIONS = {
+    "CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
+}
+
 
 class _Row(NamedTuple):
     """What the graph makes of one image: float32 arrays, or nothing."""
@@ -45,6 +54,11 @@ class Engine:
     """A loaded model.
 
     One engine belongs to one worker; ONNX Runtime lets several threads call it at once.
+
+    Attributes:
+        provider: ONNX Runtime's execution provider that runs the graph.
+        unusable: providers that ONNX Runtime offered and then could not use, as where a GPU's
+            driver or libraries are missing.
     """
 
     def __init__(
@@ -59,7 +73,8 @@ class Engine:
 
         Args:
             bundle: the folder with `cxr-model.json` and the graph.
-            threads: threads that one forward pass may use.
+            threads: threads that one forward pass may use; on a GPU, that load the images of a
+                batch.
             limits: the largest image that is accepted.
             providers: ONNX Runtime execution providers; by default the one that the model was
                 compiled for, then CUDA, where they are available, then CPU.
@@ -89,12 +104,22 @@ class Engine:
         compiled_for = (config.get("compilation") or {}).get("execution_provider")
         usual = ("CUDAExecutionProvider", "CPUExecutionProvider")
         wanted = providers or ((compiled_for, *usual) if compiled_for else usual)
-        usable = [name for name in wanted if name in ort.get_available_providers()]
+        offered = [name for name in wanted if name in ort.get_available_providers()]
+        if "CUDAExecutionProvider" in offered:
+            # CUDA's libraries come as packages, where no loader looks; what is missing is printed.
+            with contextlib.redirect_stdout(sys.stderr):
+                ort.preload_dlls()
+        given = [(name, _PROVIDER_OPTIONS.get(name, {})) for name in offered]
         try:
-            self._session = ort.InferenceSession(model, options, providers=usable)
+            self._session = ort.InferenceSession(model, options, providers=given)
         except Exception as error:  # ONNX Runtime's exception types are not public
             raise ModelLoadError("ONNX Runtime cannot load the model's graph.") from error
-        self.provider: str = self._session.get_providers()[0]
+        used = self._session.get_providers()
+        self.provider: str = used[0]
+        self.unusable = tuple(name for name in offered if name not in used)
+        on_gpu = self.provider != "CPUExecutionProvider"
+        # A GPU waits for all images of its batch, and decoders do not hold Python's lock.
+        self._loaders = ThreadPoolExecutor(threads) if on_gpu and threads > 1 else None
         self._input = graph["input"]["name"]
         self._output = graph["output"]["name"]
         self._bands: dict[str, Sequence[float]] | None = config.get("uncertain")
@@ -163,16 +188,13 @@ class Engine:
         wanted = options or [Options()] * len(images)
         answers: dict[int, Answer] = {}
         good: list[tuple[int, Loaded, Options, dict[Stage, float]]] = []
-        for place, (data, option) in enumerate(zip(images, wanted, strict=True)):
-            start = time.perf_counter()
-            try:
-                image = load(data, self.preprocessing, self.limits)
-            except BadImageError as error:
-                answers[place] = error
-                continue
-            rest = time.perf_counter() - start - image.decode_seconds
-            seconds = {Stage.DECODE: image.decode_seconds, Stage.PREPROCESS: rest}
-            good.append((place, image, option, seconds))
+        pool = self._loaders if len(images) > 1 else None
+        loaded = pool.map(self._load, images) if pool else map(self._load, images)
+        for place, (found, option) in enumerate(zip(loaded, wanted, strict=True)):
+            if isinstance(found, BadImageError):
+                answers[place] = found
+            else:
+                good.append((place, found[0], option, found[1]))
         start = time.perf_counter()
         rows = self._rows(
             [image for _, image, _, _ in good],
@@ -184,6 +206,16 @@ class Engine:
             seconds[Stage.INFERENCE] = inference
             answers[place] = self._answer(image, option, row, seconds, batch=len(good))
         return [answers[place] for place in range(len(images))]
+
+    def _load(self, data: bytes) -> tuple[Loaded, dict[Stage, float]] | BadImageError:
+        """An image as the graph wants it, and the seconds that it took."""
+        start = time.perf_counter()
+        try:
+            image = load(data, self.preprocessing, self.limits)
+        except BadImageError as error:
+            return error
+        rest = time.perf_counter() - start - image.decode_seconds
+        return image, {Stage.DECODE: image.decode_seconds, Stage.PREPROCESS: rest}
 
     def _rows(self, images: Sequence[Loaded], *, explain: bool, judge: bool) -> list[_Row]:
         """What the graph makes of each image, in order."""

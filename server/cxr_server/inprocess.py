@@ -27,6 +27,7 @@ import yaml
 from prometheus_client import Metric
 
 from cxr.answer import OPTIONS_HEADER, Answer, Options
+from cxr.engine import warm_up_image
 from cxr_server import worker
 from cxr_server.settings import Settings, available_cores
 from cxr_server.workers import (
@@ -369,8 +370,28 @@ class InProcess:
             self.restarts += 1
             return False
         self._load_error = hello.get("error")
-        process.batching = self._batching(gpu=hello.get("device") == "gpu")
-        return self._load_error is None
+        provider = hello.get("provider", "")
+        if unusable := hello.get("unusable"):
+            names = " and ".join(unusable)
+            log.warning("%s cannot be used here; the model runs on %s", names, provider)
+        process.batching = self._batching(provider)
+        return self._load_error is None and await self._warm_up(process)
+
+    async def _warm_up(self, process: _Worker) -> bool:
+        """Whether the worker has answered a batch of each size.
+
+        The first one of a size takes a GPU half a second: it looks for algorithms then.
+        """
+        for size in range(2, process.batching.size + 1):
+            answers = [asyncio.get_running_loop().create_future() for _ in range(size)]
+            jobs = [_Job(image=warm_up_image(), options=Options(), answer=one) for one in answers]
+            try:
+                await process.ask(jobs, self._settings.startup_timeout)
+            except _WorkerError:
+                self._failed_loads += 1
+                self.restarts += 1
+                return False
+        return True
 
     async def _serve(self, process: _Worker) -> None:
         """Let a worker answer until it ends."""
@@ -506,8 +527,9 @@ class InProcess:
         _turn_away(job for _, job in self._confined)
         self._confined.clear()
 
-    def _batching(self, *, gpu: bool) -> Batching:
+    def _batching(self, provider: str) -> Batching:
         """The archive's batching, which is another one on a GPU."""
+        gpu = provider not in {"", "CPUExecutionProvider"}
         given = self._model_config | (self._model_config.get("gpu") or {} if gpu else {})
         return Batching(
             size=int(given.get("batchSize", 1)), delay=int(given.get("maxBatchDelay", 0)) / 1000

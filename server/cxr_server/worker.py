@@ -68,7 +68,7 @@ def main(descriptor: int, cores: Sequence[int]) -> None:
     except Exception as error:
         _send(connection, {"error": f"{type(error).__name__}: {error}", "sizes": []}, ())
         raise
-    _send(connection, {"device": _device(handler), "sizes": []}, ())
+    _send(connection, _providers(handler) | {"sizes": []}, ())
     while (message := _receive(connection)) is not None:
         head, images = message
         try:
@@ -104,10 +104,13 @@ def _handler(model_dir: Path) -> Any:
     return handler()
 
 
-def _device(handler: Any) -> str:
-    """`gpu` where the model runs on one."""
-    provider = getattr(getattr(handler, "engine", None), "provider", "")
-    return "cpu" if provider in ("", "CPUExecutionProvider") else "gpu"
+def _providers(handler: Any) -> dict[str, Any]:
+    """What runs the model, as far as an archive tells, and what was offered and cannot."""
+    engine = getattr(handler, "engine", None)
+    return {
+        "provider": getattr(engine, "provider", ""),
+        "unusable": list(getattr(engine, "unusable", ())),
+    }
 
 
 def _send(connection: socket.socket, head: Mapping[str, Any], parts: Sequence[bytes]) -> None:

@@ -25,6 +25,7 @@ from support.chaos import (
     Storm,
     delayed,
     keep,
+    late,
     loss,
     packet_rules,
     pod_behind,
@@ -229,7 +230,7 @@ def test_two_hundred_milliseconds_of_latency(pair: Namespace, storm: MakeStorm) 
         deadline = time.monotonic() + 60
         while True:
             try:
-                stack.enter_context(delayed(pair.get("pod", new), 0.2))
+                stack.enter_context(late(pair.get("pod", new), 0.2))
                 break
             except AssertionError:
                 assert time.monotonic() < deadline

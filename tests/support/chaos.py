@@ -355,6 +355,54 @@ def delayed(
             proxy.wait()
 
 
+@contextlib.contextmanager
+def late(pod: dict[str, Any], seconds: float) -> Iterator[Callable[[], int]]:
+    """Make a pod's answers late: by netem where its node's kernel has it, else by `delayed`.
+
+    Yields:
+        how many packets, or connections, it has met until now.
+    """
+    try:
+        with netem(process_of(pod), seconds) as met:
+            yield met
+    except NoNetemError:
+        with delayed(pod, seconds) as met:
+            yield met
+
+
+class NoNetemError(RuntimeError):
+    """The kernel, or this machine's tools, cannot delay packets."""
+
+
+@contextlib.contextmanager
+def netem(process: int, seconds: float, device: str = "eth0") -> Iterator[Callable[[], int]]:
+    """Delay what leaves by a device of a process's network.
+
+    Yields:
+        how many packets have met it until now.
+
+    Raises:
+        NoNetemError: there is no netem.
+    """
+    qdisc = ("nsenter", "-t", str(process), "-n", "tc", "-s", "-j", "qdisc")
+    place = ("dev", device, "root")
+    rule = ("netem", "delay", f"{seconds * 1000:g}ms")
+    words = [*qdisc, "add", *place, *rule]
+    added = subprocess.run(words, check=False, capture_output=True, text=True)
+    if re.search("kind is unknown|No such file", added.stderr):
+        raise NoNetemError(added.stderr)
+    assert added.returncode == 0, added.stderr
+
+    def met() -> int:
+        (shown,) = json.loads(run(*qdisc, "show", *place))
+        return int(shown["packets"])
+
+    try:
+        yield met
+    finally:
+        run(*qdisc, "del", *place, check=False)
+
+
 def pod_behind(service: str) -> dict[str, Any]:
     """A running pod behind a service, named `name.namespace`."""
     name, _, namespace = service.partition(".")

@@ -2,14 +2,13 @@
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from cxr_archive.packager import MODEL_CONFIG
-from cxr_server import inprocess, worker
+from cxr_server import inprocess
 from cxr_server.inprocess import Batching, InProcess
 from cxr_server.settings import Settings
 from support.archives import Files, edited_archive
@@ -26,8 +25,7 @@ def batching(folder: Path, changes: dict[str, Any], provider: str) -> Batching:
         runtime = InProcess(edited_archive(folder, edit), Settings())
         await runtime.start()
         try:
-            handler = SimpleNamespace(engine=SimpleNamespace(provider=provider))
-            return runtime._batching(gpu=worker._device(handler) == "gpu")
+            return runtime._batching(provider)
         finally:
             await runtime.stop()
 

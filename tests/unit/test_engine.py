@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+import cxr.engine
 from cxr.answer import Prediction, Stage, decide
 from cxr.config import file_sha256
 from cxr.decode import DecodeLimits
@@ -151,8 +153,8 @@ class TestLoad:
         seen = []
         session = ort.InferenceSession
 
-        def record(model: bytes, options: Any, *, providers: list[str]) -> ort.InferenceSession:
-            seen.append(providers)
+        def record(model: bytes, options: Any, *, providers: Any) -> ort.InferenceSession:
+            seen.append([name for name, _ in providers])
             return session(model, options, providers=[CPU])
 
         if compiled_for:
@@ -162,9 +164,35 @@ class TestLoad:
             )
         monkeypatch.setattr(ort, "get_available_providers", lambda: available)
         monkeypatch.setattr(ort, "InferenceSession", record)
-        Engine(bundle)
+        engine = Engine(bundle)
         Engine(bundle, providers=[CPU])
         assert seen == [asked, [CPU]]
+        assert engine.unusable == tuple(asked[:-1])
+
+    def test_a_gpu_gets_its_batches_from_several_threads(
+        self, bundle: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class OnGpu(ort.InferenceSession):
+            def get_providers(self) -> list[str]:
+                return [CUDA, CPU]
+
+        load, names = cxr.engine.load, set()
+
+        def record(*values: Any) -> Any:
+            names.add(threading.current_thread().name)
+            together.wait()
+            return load(*values)
+
+        images = [encoded_image(brightness=20 + 40 * i) for i in range(4)] + [b"no image"] * 2
+        expected = engine.predict(images)
+        monkeypatch.setattr(ort, "InferenceSession", OnGpu)
+        monkeypatch.setattr(cxr.engine, "load", record)
+        # Three images at a time: one thread alone would wait for ever.
+        together = threading.Barrier(3, timeout=30)
+        answers = Engine(bundle, threads=3).predict(images)
+        assert len(names) == 3
+        assert [str(answer) for answer in answers[4:]] == [str(answer) for answer in expected[4:]]
+        assert answers[:4] == expected[:4]
 
     def test_a_changed_graph(self, bundle: Path) -> None:
         graph = bytearray((bundle / "model.onnx").read_bytes())

@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -223,6 +222,12 @@ def _trials(
 ) -> dict[str, _Trial]:
     """Every graph on every image, in turn, so that a slow spell of the machine meets all."""
     sessions = {name: _session(path, providers) for name, path in graphs.items()}
+    # ONNX Runtime offers it wherever it was built with it, and goes on without what it cannot load.
+    if any(providers[0] not in session.get_providers() for session in sessions.values()):
+        raise TrainingError(
+            "ONNX Runtime cannot use TensorRT here; it needs a GPU, its driver and TensorRT's "
+            "libraries on the library path."
+        )
     expected = {output.name for output in sessions[ORIGINAL].get_outputs()}
     for name, session in sessions.items():
         if {output.name for output in session.get_outputs()} != expected:
@@ -300,7 +305,7 @@ def _judged(
         flags_limit=None if config.guards is None else gate.flags,
         candidates=candidates,
         execution_provider=TENSORRT if tensorrt else None,
-        onnxruntime=installed("onnxruntime"),
+        onnxruntime=ort.__version__,
     )
 
 

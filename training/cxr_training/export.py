@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 import pandas as pd
 import torch
 from onnx import TensorProto, helper
@@ -63,7 +64,7 @@ PARITY_IMAGES = 64
 
 QUALITY = "quality"
 _BATCH = 8
-_PACKAGES = ("onnx", "onnxruntime", "skl2onnx")
+_PACKAGES = ("onnx", "skl2onnx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +314,9 @@ def _calibration(run: Run) -> Calibration | None:
 
 
 def _versions(training: Mapping[str, str]) -> dict[str, str]:
-    return dict(training) | {package: installed(package) for package in _PACKAGES}
+    # Its package may have another name: onnxruntime-gpu.
+    engine = {"onnxruntime": ort.__version__}
+    return dict(training) | {package: installed(package) for package in _PACKAGES} | engine
 
 
 def _description(run: Run, *, synthetic: bool) -> str:

@@ -255,7 +255,9 @@ def _torch_network(backbone: Backbone) -> Network:
     module = backbone.module.to(device)
 
     def run(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        with torch.inference_mode():
+        # In full float32: by TF32, a GPU's default, features would differ from those in serving.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.inference_mode(), exact:
             images = torch.from_numpy(batch).to(device, memory_format=torch.channels_last)
             return np.asarray(module(images).cpu().numpy())
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
@@ -228,6 +229,17 @@ def test_tensorrt_needs_its_provider(bundle: Path, manifest: Path, tmp_path: Pat
     )
     assert result.exit_code == 1
     assert "ONNX Runtime has no TensorRT here" in result.output
+
+
+def test_tensorrt_that_cannot_be_loaded_is_refused(
+    bundle: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`onnxruntime-gpu` offers it on every machine, and runs the graph on the CPU then."""
+    offered = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: offered)
+    with pytest.raises(TrainingError, match="cannot use TensorRT here"):
+        compile_bundle(bundle, manifest, tmp_path / "out", tensorrt=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_archive_is_refused(bundle: Path, manifest: Path, tmp_path: Path) -> None:
