@@ -309,8 +309,12 @@ class _Schedule(locust.LoadTestShape):
     def _next(self) -> Phase | None:
         while self._upcoming:
             phase = self._upcoming.pop(0)
-            if not (phase.step and self._shape.stop_at_knee and saturated(self._steps)):
-                return phase
+            if phase.step and self._shape.stop_at_knee and saturated(self._steps):
+                continue
+            if phase.knee_share is not None and knee(self._steps) is None:
+                self._say(f"{phase.name} is left out: no step has got an answer, so none is a knee")
+                continue
+            return phase
         return None
 
     def _begin(self, phase: Phase) -> None:
@@ -319,8 +323,7 @@ class _Schedule(locust.LoadTestShape):
         self._rate = phase.rate
         if phase.knee_share is not None:
             at = knee(self._steps)
-            if at is None:
-                raise LoadTestError("No step has got an answer, so there is no knee.")
+            assert at is not None  # noqa: S101 - `_next` leaves it out otherwise
             self._rate = phase.knee_share * at.throughput
         # A process sends its part of the rate.
         rate = (self._rate or 0.0) / self._dispatchers
@@ -462,7 +465,7 @@ def drive(plan: Plan, shape: Shape, crew: Crew, say: Callable[[str], None]) -> D
         say: is told when each phase begins, and how it went.
 
     Raises:
-        LoadTestError: the workers do not come, or the knee was not found.
+        LoadTestError: the workers do not come.
     """
     schedule = _Schedule(shape, max(1, crew.workers), say)
     runner = crew.runner

@@ -329,10 +329,13 @@ def saturated(found: Sequence[Step]) -> bool:
 def judged_phases(result: Result) -> list[PhaseRecord]:
     """The phases that latency and throughput objectives are about.
 
-    Those that the shape says; where it says none, the step at the knee.
+    Those that the shape says; where it says none, the step at the knee. Where no step has got an
+    answer, all steps.
     """
     judged = [phase for phase in result.phases if phase.judged]
-    at = knee(steps(result))
-    if judged or at is None:
+    if judged:
         return judged
-    return [phase for phase in result.phases if phase.step and phase.users == at.users]
+    at = knee(steps(result))
+    return [
+        phase for phase in result.phases if phase.step and (at is None or phase.users == at.users)
+    ]

@@ -19,6 +19,7 @@ import urllib3
 from cxr_archive.packager import pack
 from cxr_loadtests.histogram import seconds_of
 from cxr_loadtests.results import load_result
+from support.archives import before_each_batch, edited_archive
 from support.bundles import make_bundle
 from support.loadtests import LENIENT, PROFILE, loadtest, verdict_of, write_inputs
 from support.servers import CXR, Server, free_port, serving
@@ -226,6 +227,26 @@ def test_a_lost_worker_fails_the_run_though_another_has_come(plain: Server, tmp_
     whole = verdict_of(tmp_path)["the load generator is whole"]
     assert not whole["passed"]
     assert "1 workers lost" in whole["observed"]
+
+
+def test_a_service_that_fails_under_load_is_judged_by_its_failures(tmp_path: Path) -> None:
+    """Without an answer there is no knee, and the phase at half of its rate is left out."""
+    code = """import pathlib
+asked = pathlib.Path("asked")
+number = int(asked.read_text()) if asked.exists() else 0
+asked.write_text(str(number + len(bodies)))
+if number > 20:
+    raise RuntimeError"""
+    archive = edited_archive(tmp_path, lambda files: before_each_batch(files, code))
+    with serving(archive, "--runtime=inprocess", "--workers=1") as server:
+        options = [*addresses(server), "--shape=all", *write_inputs(tmp_path)]
+        done = loadtest("run", *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "half is left out: no step has got an answer" in done.stdout
+    assert [phase.name for phase in load_result(tmp_path / "out").phases] == ["warm-up", "1", "2"]
+    errors = verdict_of(tmp_path)["all: errors"]
+    assert not errors["passed"]
+    assert float(errors["observed"].partition("%")[0]) > 50
 
 
 def test_workers_end_when_their_master_finds_no_service(tmp_path: Path) -> None:
