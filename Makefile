@@ -179,6 +179,7 @@ lint: setup ## Check style, types and the arrows between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy bench/*.py demo/*.py
 	$(BIN)/lint-imports
 
 .PHONY: format
