@@ -43,12 +43,6 @@ class CxrHandler:
                 limits=_limits(os.environ),
             )
             self.engine.warm_up()
-            if self.engine.unusable:
-                logging.getLogger().warning(
-                    "%s cannot be used here; the model runs on %s.",
-                    " and ".join(self.engine.unusable),
-                    self.engine.provider,
-                )
             logging.getLogger().addFilter(_worth_a_line)
         except BaseException as error:
             if path := os.environ.get(LOAD_ERROR_FILE_ENV):

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import mmap
 import os
 import shutil
 import signal
@@ -17,8 +18,9 @@ import sys
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -57,6 +59,8 @@ _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHU
 # Workers that may be killed over one image. Whoever kills all workers at once can meet it twice: in
 # its own worker, and in the next that took it. The third is one that was started after that.
 _KILLS = 3
+# Seconds after which images that wait behind another one in a worker are taken from it.
+_SLOW = 1.0
 _LINES_KEPT = 40
 
 
@@ -84,6 +88,7 @@ class _Job:
         alone: it goes into no batch, since one that it was in has failed.
         kills: how many workers were killed that had it.
         after: only a worker with a larger number may have it.
+        skip: tells the worker that has it, behind others, that nobody waits for it any more.
     """
 
     image: bytes
@@ -93,6 +98,7 @@ class _Job:
     alone: bool = False
     kills: int = 0
     after: int = -1
+    skip: "Callable[[], None] | None" = None
 
 
 class _WorkerError(Exception):
@@ -181,9 +187,14 @@ class _Worker:
     number: int
     process: asyncio.subprocess.Process
     connection: _Connection
+    shared: mmap.mmap
     output: "asyncio.Task[None]"
     busy: bool = False
     batching: Batching = field(default_factory=Batching)
+
+    def several(self, jobs: Sequence[object]) -> bool:
+        """Whether these are images that it takes one after the other, not a batch."""
+        return self.batching.size == 1 and len(jobs) > 1
 
     async def receive(self, timeout: float) -> _Message:
         """The next message.
@@ -205,6 +216,7 @@ class _Worker:
             _WorkerError: the process has ended, or not answered within this many seconds.
         """
         head = {
+            "together": self.batching.size > 1,
             "headers": [{OPTIONS_HEADER: job.options.to_json()} for job in jobs],
             "sizes": [len(job.image) for job in jobs],
         }
@@ -322,6 +334,8 @@ class InProcess:
         finally:
             # It may stand in the queue for a while; the image need not.
             job.image = b""
+            if job.skip is not None:
+                job.skip()
 
     async def _supervise(self, cores: Sequence[int]) -> None:
         """Keep one worker running, until it says that it cannot load the model."""
@@ -338,20 +352,24 @@ class InProcess:
     async def _spawn(self, cores: Sequence[int]) -> _Worker:
         number = next(self._numbers)
         ours, theirs = socket.socketpair()
-        with theirs:
+        memory = os.memfd_create("cxr-worker")
+        os.ftruncate(memory, worker.SHARED_BYTES)
+        shared = mmap.mmap(memory, worker.SHARED_BYTES)
+        with theirs, os.fdopen(memory):
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 # Without the folder of this file on the path.
                 "-P",
                 worker.__file__,
                 str(theirs.fileno()),
+                str(memory),
                 ",".join(map(str, cores)),
                 cwd=self.folder,
                 env=os.environ | worker_environment(self._settings) | {"TMPDIR": str(self.folder)},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), memory),
                 # A Ctrl-C in the terminal must reach this process alone: it drains first. And what
                 # a worker has started ends with it.
                 start_new_session=True,
@@ -359,7 +377,9 @@ class InProcess:
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(_Connection, sock=ours)
         output = asyncio.create_task(self._forward_output(process))
-        return _Worker(number=number, process=process, connection=connection, output=output)
+        return _Worker(
+            number=number, process=process, connection=connection, shared=shared, output=output
+        )
 
     async def _load(self, process: _Worker) -> bool:
         """Whether the worker has loaded the model."""
@@ -432,27 +452,71 @@ class InProcess:
             first = self._next_confined(process) or await self._next()
             process.busy = True
             jobs = await self._batch(first, process.batching)
+            asked = list(jobs)
             try:
-                head, texts = await process.ask(
-                    [job for _, job in jobs], self._settings.request_timeout
-                )
+                head, texts = await self._ask(process, jobs)
             except _WorkerError as error:
+                if process.several(jobs):
+                    self._take_back(process, jobs)
                 if error.killed:
                     self._struck(jobs)
                 else:
                     self._failed(jobs, alone=len(jobs) == 1)
                 raise
             except asyncio.CancelledError:
-                _turn_away(job for _, job in jobs)
+                _turn_away(job for _, job in asked)
                 raise
             if failure := head.get("failure"):
                 log.error("the handler failed: %s", failure)
-            answers = list(map(parse_answer, texts))
-            for (_, job), answer in zip(jobs, answers, strict=True):
-                if answer is not None and not job.answer.done():
-                    job.answer.set_result(answer)
-            unanswered = [item for item, answer in zip(jobs, answers, strict=True) if not answer]
-            self._failed(unanswered, alone=len(jobs) == 1)
+            unanswered = []
+            for item, text in zip(asked, texts, strict=True):
+                answer = parse_answer(text)
+                if answer is not None and not item[1].answer.done():
+                    item[1].answer.set_result(answer)
+                elif answer is None and item in jobs:
+                    unanswered.append(item)
+            self._failed(unanswered, alone=len(asked) == 1 or process.batching.size == 1)
+
+    async def _ask(self, process: _Worker, jobs: list[tuple[int, _Job]]) -> _Message:
+        """What a worker says to images.
+
+        Args:
+            process: the worker.
+            jobs: at the end, only those that it still has.
+
+        Raises:
+            _WorkerError: it has ended, or took longer than a request may.
+        """
+        wanted = [job for _, job in jobs]
+        if not process.several(jobs):
+            return await process.ask(wanted, self._settings.request_timeout)
+        process.shared[:] = bytes(worker.SHARED_BYTES)
+        for place, job in enumerate(wanted, 1):
+            job.skip = partial(process.shared.__setitem__, place, 1)
+        loop = asyncio.get_running_loop()
+        slow = loop.call_later(_SLOW, self._take_back, process, jobs)
+        try:
+            return await process.ask(wanted, self._settings.request_timeout)
+        finally:
+            slow.cancel()
+            for _, job in jobs:
+                job.skip = None
+
+    def _take_back(self, process: _Worker, jobs: list[tuple[int, _Job]]) -> None:
+        """Let all images wait again but the one that a worker is at.
+
+        That may take long, or have ended it; its neighbours have nothing to do with it. What is
+        finished is among them, since its answers come with the last one.
+        """
+        at = process.shared[0]
+        for item in [*jobs[:at], *jobs[at + 1 :]]:
+            job = item[1]
+            if job.skip is not None:
+                job.skip()
+                job.skip = None
+            if not job.answer.done():
+                self._waiting.put_nowait(item)
+        jobs[:] = [jobs[at]]
 
     async def _next(self) -> tuple[int, _Job]:
         """The next image that somebody still waits for."""
@@ -470,9 +534,24 @@ class InProcess:
         return None
 
     async def _batch(self, first: tuple[int, _Job], batching: Batching) -> list[tuple[int, _Job]]:
-        """That image and, where the worker takes several, those that come soon after it."""
+        """That image and, where the worker takes several, those that come soon after it.
+
+        Where many wait, one that takes no batches is given some of them all the same: a message for
+        several costs hardly more than one for a single image, and this process, which has lost the
+        caches to the workers each time that it comes, comes less often. Not the only worker: behind
+        an image that takes long, nobody else could answer them.
+        """
         jobs = [first]
         if batching.size == 1:
+            share = self._waiting.qsize() // (2 * self._ready) if self._ready > 1 else 0
+            most = min(worker.MOST, 1 + share)
+            while len(jobs) < most and self._waiting.qsize() and not first[1].alone:
+                item = self._waiting.get_nowait()
+                if item[1].alone:
+                    self._waiting.put_nowait(item)
+                    break
+                if not item[1].answer.done():
+                    jobs.append(item)
             return jobs
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(batching.delay):

@@ -148,6 +148,7 @@ class Service:
         self._runtime = runtime
         self._predict = tracing.predict(runtime.predict) if tracing else runtime.predict
         self._warm = False
+        self._provider = ""
         self._workers = 0
         self._restarts = 0
         self._failed = False
@@ -340,14 +341,15 @@ class Service:
         predictions = [answer for answer in answers if isinstance(answer, Prediction)]
         self._warm = len(predictions) == len(answers)
         if self._warm:
-            self.metrics.runs_on(predictions[0].provider)
+            self._provider = predictions[0].provider
+            self.metrics.runs_on(self._provider)
         return self._warm
 
     def _report_start(self) -> None:
         self._startup.ended(Phase.WARM_UP)
         for phase, seconds in self._startup.seconds.items():
             self.metrics.startup.labels(phase).set(seconds)
-        log.info("ready %s", self._startup)
+        log.info("ready %s, on %s", self._startup, self._provider or "a provider of its own")
 
     def _load_failure(self) -> str | None:
         reason = self._runtime.load_error()

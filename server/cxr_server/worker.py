@@ -1,6 +1,6 @@
 """A worker process of the in-process runtime: runs an archive's own handler.
 
-usage: python -P worker.py DESCRIPTOR CORE,..., in the folder of an unpacked archive
+usage: python -P worker.py DESCRIPTOR SHARED CORE,..., in the folder of an unpacked archive
 
 It stands in for TorchServe's worker, with as much of its contract as a handler of ours needs. The
 archive comes first on the path: its own copy of `cxr` runs, which it was tested with, whatever is
@@ -8,12 +8,16 @@ installed here. So this file imports only the standard library.
 
 Messages, in both directions: the length of a JSON object in four bytes, that object, and then as
 many bytes as its `sizes` say. The first one says that the model is loaded, or why not; then each
-message is a batch, answered by one message. The end of the stream ends the worker.
+message has images, answered by one message: a batch, or, where it is not `together`, images that go
+through the handler one after the other. Of these, the shared memory tells on one side which one the
+worker is at, and on the other which ones nobody waits for any more. The end of the stream ends the
+worker.
 """
 
 import importlib.util
 import inspect
 import json
+import mmap
 import os
 import socket
 import struct
@@ -24,6 +28,10 @@ from pathlib import Path
 from typing import Any
 
 LENGTH = struct.Struct("<I")
+# Images in one message, at most, that are not a batch; and the memory for what is known of them:
+# the place of the one that the worker is at, then for each place whether to pass over it.
+MOST = 4
+SHARED_BYTES = 1 + MOST
 _MANIFEST = Path("MAR-INF/MANIFEST.json")
 
 
@@ -50,11 +58,12 @@ class Context:
         """Nothing to do: an answer is JSON."""
 
 
-def main(descriptor: int, cores: Sequence[int]) -> None:
+def main(descriptor: int, memory: int, cores: Sequence[int]) -> None:
     """Load the model, and answer until the other end is closed.
 
     Args:
         descriptor: the connection's.
+        memory: descriptor of the shared memory.
         cores: that this process is pinned to, with all its threads; empty leaves it as it is.
     """
     if cores:
@@ -69,19 +78,31 @@ def main(descriptor: int, cores: Sequence[int]) -> None:
         _send(connection, {"error": f"{type(error).__name__}: {error}", "sizes": []}, ())
         raise
     _send(connection, _providers(handler) | {"sizes": []}, ())
+    shared = mmap.mmap(memory, SHARED_BYTES)
     while (message := _receive(connection)) is not None:
         head, images = message
-        try:
-            context.headers = head["headers"]
-            texts = handler.handle([{"body": image} for image in images], context)
-            parts = [text.encode() for text in texts]
-            answer = {}
-        except Exception as error:
-            # Neither its message nor lines of code: they might quote the image.
-            frames = traceback.extract_tb(error.__traceback__)
-            where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-            parts = [b""] * len(images)
-            answer = {"failure": f"{type(error).__name__} at {where}"}
+        parts: list[bytes] = []
+        answer: dict[str, Any] = {}
+        if head["together"]:
+            batches = [(head["headers"], images)]
+        else:
+            batches = [([one], [body]) for one, body in zip(head["headers"], images, strict=True)]
+        for place, (headers, bodies) in enumerate(batches):
+            if len(batches) > 1:
+                shared[0] = place
+                if shared[1 + place]:
+                    parts.append(b"")
+                    continue
+            try:
+                context.headers = headers
+                texts = handler.handle([{"body": body} for body in bodies], context)
+                parts += [text.encode() for text in texts]
+            except Exception as error:
+                # Neither its message nor lines of code: they might quote the image.
+                frames = traceback.extract_tb(error.__traceback__)
+                where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+                parts += [b""] * len(bodies)
+                answer = {"failure": f"{type(error).__name__} at {where}"}
         _send(connection, answer | {"sizes": [len(part) for part in parts]}, parts)
 
 
@@ -145,4 +166,4 @@ def _exactly(connection: socket.socket, size: int) -> bytes | None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), [int(core) for core in sys.argv[2].split(",") if core])
+    main(int(sys.argv[1]), int(sys.argv[2]), [int(core) for core in sys.argv[3].split(",") if core])

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from cxr_server.settings import RuntimeName
+from support.archives import Files, edited_archive
 from support.bundles import encoded_image
 from support.dicoms import dicom_dataset, dicom_file
 from support.protocols import V1, V2, grpc_request, v1_body, v2_document
@@ -201,3 +203,23 @@ def test_the_reason_of_the_end_is_json_too(tmp_path: Path) -> None:
         last = lines(server)[-1]
     assert last["level"] == "CRITICAL"
     assert "cxr.mar" in last["message"]
+
+
+@pytest.mark.parametrize("runtime", RuntimeName)
+def test_a_gpu_that_cannot_be_used_is_told(tmp_path: Path, runtime: RuntimeName) -> None:
+    """As on a node whose driver is missing: ONNX Runtime goes on with the CPU, and says nothing."""
+
+    def without_driver(files: Files) -> None:
+        engine = files["cxr/engine.py"].decode()
+        used = "used = self._session.get_providers()\n"
+        assert engine.count(used) == 1
+        offered = f'{used}        offered = ["CUDAExecutionProvider", *offered]\n'
+        files["cxr/engine.py"] = engine.replace(used, offered).encode()
+
+    archive = edited_archive(tmp_path, without_driver)
+    with serving(archive, f"--runtime={runtime}", "--workers=1") as server:
+        assert ", on CPUExecutionProvider" in server.log
+        # TorchServe does not show what its workers say.
+        assert ("CUDAExecutionProvider cannot be used here" in server.log) == (
+            runtime == RuntimeName.INPROCESS
+        )

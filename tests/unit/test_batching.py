@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from cxr.answer import Options
 from cxr_archive.packager import MODEL_CONFIG
 from cxr_server import inprocess
-from cxr_server.inprocess import Batching, InProcess
+from cxr_server.inprocess import Batching, InProcess, _Job
 from cxr_server.settings import Settings
 from support.archives import Files, edited_archive
 
@@ -56,3 +57,26 @@ def test_a_gpu_has_batches_of_its_own(
     assert batching(tmp_path / "cpu", changes, "CPUExecutionProvider") == cpu
     for provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
         assert batching(tmp_path / provider, changes, provider) == gpu
+
+
+@pytest.mark.parametrize(
+    ("workers", "waiting", "alone", "given"),
+    [(2, 1, [], 1), (2, 4, [], 2), (2, 40, [], 4), (2, 40, [2], 2), (1, 40, [], 1)],
+    ids=["few wait", "some wait", "many wait", "one of them alone", "a single worker"],
+)
+def test_where_many_wait_a_worker_is_given_several(
+    workers: int, waiting: int, alone: list[int], given: int, tmp_path: Path
+) -> None:
+    async def first_of_many() -> list[int]:
+        runtime = InProcess(edited_archive(tmp_path, lambda _: None), Settings())
+        runtime._ready = workers
+        for place in range(waiting + 1):
+            answer = asyncio.get_running_loop().create_future()
+            job = _Job(image=b"", options=Options(), answer=answer, alone=place in alone)
+            runtime._waiting.put_nowait((place, job))
+        first = runtime._waiting.get_nowait()
+        jobs = await runtime._batch(first, Batching())
+        await runtime.stop()
+        return [place for place, _ in jobs]
+
+    assert asyncio.run(first_of_many()) == list(range(given))
