@@ -455,8 +455,10 @@ class TestTorchServeLost:
             }[number]
             assert reason in server.log
             assert server.log.splitlines()[-1].startswith("Error: ")
-            # Each client had an answer, or found nobody listening any more.
-            assert set(load.failures) <= {"503", "ConnectError", "UNAVAILABLE"}
+            # Each client had an answer, or found nobody listening any more; a connection that was
+            # kept open may close while the next request is on its way.
+            gone = {"ConnectError", "RemoteProtocolError", "UNAVAILABLE"}
+            assert set(load.failures) <= {"503", *gone}
 
 
 class TestSigterm:
