@@ -385,33 +385,32 @@ class InProcess:
         """Whether the worker has loaded the model."""
         try:
             hello, _ = await process.receive(self._settings.startup_timeout)
+            self._load_error = hello.get("error")
+            provider = hello.get("provider", "")
+            if unusable := hello.get("unusable"):
+                names = " and ".join(unusable)
+                log.warning("%s cannot be used here; the model runs on %s", names, provider)
+            process.batching = self._batching(provider)
+            if self._load_error is None:
+                await self._warm_up(process)
         except _WorkerError:
             self._failed_loads += 1
             self.restarts += 1
             return False
-        self._load_error = hello.get("error")
-        provider = hello.get("provider", "")
-        if unusable := hello.get("unusable"):
-            names = " and ".join(unusable)
-            log.warning("%s cannot be used here; the model runs on %s", names, provider)
-        process.batching = self._batching(provider)
-        return self._load_error is None and await self._warm_up(process)
+        return self._load_error is None
 
-    async def _warm_up(self, process: _Worker) -> bool:
-        """Whether the worker has answered a batch of each size.
+    async def _warm_up(self, process: _Worker) -> None:
+        """Have the worker answer a batch of each size.
 
         The first one of a size takes a GPU half a second: it looks for algorithms then.
+
+        Raises:
+            _WorkerError: it has ended, or not answered in time.
         """
+        answer = asyncio.get_running_loop().create_future()
+        job = _Job(image=warm_up_image(), options=Options(), answer=answer)
         for size in range(2, process.batching.size + 1):
-            answers = [asyncio.get_running_loop().create_future() for _ in range(size)]
-            jobs = [_Job(image=warm_up_image(), options=Options(), answer=one) for one in answers]
-            try:
-                await process.ask(jobs, self._settings.startup_timeout)
-            except _WorkerError:
-                self._failed_loads += 1
-                self.restarts += 1
-                return False
-        return True
+            await process.ask([job] * size, self._settings.startup_timeout)
 
     async def _serve(self, process: _Worker) -> None:
         """Let a worker answer until it ends."""

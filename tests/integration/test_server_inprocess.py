@@ -49,6 +49,10 @@ def batching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+def ask(server: Server, body: bytes) -> int:
+    return httpx.post(server.rest + V1, content=body, headers=PNG, timeout=60).status_code
+
+
 def batches(server: Server) -> list[int]:
     """Sizes of the batches so far."""
     (file,) = server.folder.glob("cxr-*/batches")
@@ -78,17 +82,14 @@ def test_images_come_in_batches_and_answers_in_order(batching: Server, bundle: P
 def test_an_image_that_fails_a_batch_fails_alone(batching: Server, bad: bytes, status: int) -> None:
     """Its neighbours get another try without it."""
     (pid,) = batching.worker_pids()
-
-    def ask(image: bytes) -> int:
-        return httpx.post(batching.rest + V1, content=image, headers=PNG, timeout=60).status_code
-
+    bodies = [IMAGES[0], bad, IMAGES[1], IMAGES[2]]
     with ThreadPoolExecutor(BATCH) as pool:
-        statuses = list(pool.map(ask, [IMAGES[0], bad, IMAGES[1], IMAGES[2]]))
+        statuses = list(pool.map(ask, [batching] * len(bodies), bodies))
     # What shares a batch with one that hangs may find its time used up, too.
     neighbours = {200} if status == 500 else {200, 504}
     assert statuses.pop(1) == status
     assert set(statuses) <= neighbours
-    batching.wait_for("recovery", lambda: ask(IMAGES[0]) == 200, 30)
+    batching.wait_for("recovery", lambda: ask(batching, IMAGES[0]) == 200, 30)
     (after,) = batching.worker_pids()
     assert after != pid
     assert not Path(f"/proc/{pid}").exists()
@@ -123,10 +124,6 @@ def computed(server: Server) -> list[str]:
     """What was computed since the service is ready."""
     (file,) = server.folder.glob("cxr-*/computed")
     return file.read_text().split()
-
-
-def ask(server: Server, body: bytes) -> int:
-    return httpx.post(server.rest + V1, content=body, headers=PNG, timeout=60).status_code
 
 
 def occupy(server: Server, pool: ThreadPoolExecutor, *seconds: float) -> list[Future[int]]:
