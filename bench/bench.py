@@ -107,18 +107,31 @@ def settings_of(
 def make_model(arguments: argparse.Namespace) -> None:
     """Train, archive and compile what is measured, unless an earlier call has."""
     out: Path = arguments.out
-    arguments.run, arguments.archive = out / "run", out / "cxr.mar"
-    arguments.compiled = out / "compiled.mar"
-    data = arguments.data or out / "phantoms"
-    if not arguments.archive.is_file():
-        if arguments.data is None:
-            cxr("data", "phantoms", data, "--patients-per-class", 20, "--seed", 0)
-        cxr("train", "--recipe", _RECIPE, "--data", data, "--out", arguments.run)
-        cxr("export", arguments.run, "--out", out / "bundle")
-        cxr("archive", out / "bundle", "--out", arguments.archive)
+    arguments.run, arguments.compiled = out / "run", out / "compiled.mar"
+    arguments.archive = trained_archive(out, arguments.data)
     if not arguments.compiled.is_file():
         manifest = arguments.run / "manifest.parquet"
         cxr("compile", arguments.archive, "--manifest", manifest, "--out", arguments.compiled)
+
+
+def trained_archive(out: Path, data: Path | None, *options: object) -> Path:
+    """Train and archive a model, unless an earlier call has.
+
+    Args:
+        out: folder for the archive, its run in `run`, and phantoms.
+        data: folder of images; phantoms without one.
+        options: more words for `cxr train`.
+    """
+    archive = out / "cxr.mar"
+    if archive.is_file():
+        return archive
+    if data is None:
+        data = out / "phantoms"
+        cxr("data", "phantoms", data, "--patients-per-class", 20, "--seed", 0)
+    cxr("train", "--recipe", _RECIPE, *options, "--data", data, "--out", out / "run")
+    cxr("export", out / "run", "--out", out / "bundle")
+    cxr("archive", out / "bundle", "--out", archive)
+    return archive
 
 
 def cxr(*words: object) -> None:
@@ -195,11 +208,15 @@ class Started:
 
     def spell(self, rows: Rows, concurrency: int, seconds: float) -> None:
         """Put a load on it for a while."""
+        rows.add(self.subject.name, self.precision, concurrency, self.load(concurrency, seconds))
+
+    def load(self, concurrency: int, seconds: float) -> Load:
+        """What its clients see meanwhile, and what it needs."""
         clock, own = self.server.others_seconds(), self.server.own_seconds()
         load = drive(self.requests, concurrency=concurrency, seconds=seconds)
         load.server_seconds = self.server.own_seconds() - own
         load.others = self.server.others_seconds() - clock
-        rows.add(self.subject.name, self.precision, concurrency, load)
+        return load
 
 
 def start_all(

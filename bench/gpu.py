@@ -21,16 +21,15 @@ import torch
 import yaml
 from tabulate import tabulate
 
-from bench import check_answers, cxr, encoded_images, setting_of
+from bench import Started, check_answers, encoded_images, setting_of, trained_archive
 from cxr.engine import Engine
 from cxr.mar import CHECKSUMS, digests
 from cxr_archive.packager import MODEL_CONFIG
 from load import Load, Request, ask_each, drive
 from report import machine, replace_part
-from subjects import SUBJECTS, Running, Subject, running
+from subjects import SUBJECTS, Subject, running
 
 _BEGIN = "<!-- measured: written by make bench-gpu -->"
-_RECIPE = "lite0-frozen"
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
 
 
@@ -86,14 +85,16 @@ def measured(backbone: str, arguments: argparse.Namespace) -> list[dict[str, Any
     """One row for each server and concurrency."""
     out: Path = arguments.out / backbone
     out.mkdir(parents=True, exist_ok=True)
-    archive = make_model(backbone, arguments.data, out)
+    # The speed of a network does not depend on its weights, and some have to be downloaded.
+    weights = () if "lite" in backbone else ("--weights", "none")
+    archive = trained_archive(out, arguments.data, "--backbone", backbone, *weights)
     setting = setting_of(archive, out / "run", arguments.out, backbone)
     assert Engine(setting.model).provider == "CUDAExecutionProvider"  # noqa: S101 - else no result
     single = replace(setting, archive=without_batches(archive, out / "single.mar"))
     images = encoded_images(out / "run", arguments.images)
     loads: dict[tuple[Case, int], Load] = {}
     with ExitStack() as stack:
-        started: list[tuple[Case, Running, list[Request]]] = []
+        started: list[tuple[Case, Started]] = []
         for case in cases(arguments.workers):
             print(f"starting {case.subject.name}, {case.workers} workers", flush=True)
             given = replace(setting if case.batches else single, cores=case.workers)
@@ -104,19 +105,17 @@ def measured(backbone: str, arguments: argparse.Namespace) -> list[dict[str, Any
             requests = [Request(server.url, *case.subject.encode(image)) for image in images]
             check_answers(case.subject, given, images, ask_each(requests[:8]))
             drive(requests, concurrency=max(arguments.concurrency), seconds=arguments.warm_up)
-            started.append((case, server, requests))
+            started.append((case, Started(subject, backbone, server, requests)))
         order = random.Random(0)  # noqa: S311 - of a benchmark
         spells = [(one, clients) for one in started for clients in arguments.concurrency]
         for _ in range(arguments.rounds):
             order.shuffle(spells)
-            for (case, server, requests), clients in spells:
-                before = server.own_seconds()
-                load = drive(requests, concurrency=clients, seconds=arguments.seconds)
-                load.server_seconds = server.own_seconds() - before
+            for (case, one), clients in spells:
+                load = one.load(clients, arguments.seconds)
                 loads.setdefault((case, clients), Load()).add(load)
     return [
         row(case, clients, loads[case, clients])
-        for case, *_ in started
+        for case, _ in started
         for clients in arguments.concurrency
     ]
 
@@ -147,22 +146,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     text: str = tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True)
     return text
-
-
-def make_model(backbone: str, data: Path | None, out: Path) -> Path:
-    """Train and archive a model on that backbone, unless an earlier call has."""
-    archive = out / "cxr.mar"
-    if archive.is_file():
-        return archive
-    if data is None:
-        data = out / "phantoms"
-        cxr("data", "phantoms", data, "--patients-per-class", 20, "--seed", 0)
-    # The speed of a network does not depend on its weights, and some have to be downloaded.
-    network = ("--backbone", backbone, *(() if "lite" in backbone else ("--weights", "none")))
-    cxr("train", "--recipe", _RECIPE, *network, "--data", data, "--out", out / "run")
-    cxr("export", out / "run", "--out", out / "bundle")
-    cxr("archive", out / "bundle", "--out", archive)
-    return archive
 
 
 def without_batches(archive: Path, out: Path) -> Path:

@@ -19,6 +19,11 @@ from cxr.errors import BadImageError, Rejection
 
 # Header of a request to the worker that carries its options as JSON.
 OPTIONS_HEADER = "X-CXR-Options"
+# Header of a request to the worker whose images are on the board; a worker that takes such requests
+# has it in its answers, too.
+BOARD_HEADER = "X-CXR-Board"
+# Names the file with the memory that a worker shares with the process in front of it.
+BOARD_FILE_ENV = "CXR_BOARD_FILE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +50,68 @@ class Options:
         Raises:
             ValueError: not a JSON object, or a value of another type.
         """
-        document = json.loads(text)
+        return cls.of(json.loads(text))
+
+    @classmethod
+    def of(cls, document: object) -> "Options":
+        """The same of what was read already.
+
+        Raises:
+            ValueError: not an object, or a value of another type.
+        """
         if not isinstance(document, dict):
             raise ValueError("options must be a JSON object")
         options = cls(**{key: document[key] for key in ("explain", "quality") if key in document})
         if not isinstance(options.explain, (bool, str)) or not isinstance(options.quality, bool):
             raise ValueError("an option has a value of another type")
         return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnBoard:
+    """What the header of a request says whose images are on the board.
+
+    The board is memory that both sides share. The answer is a JSON array with one answer for each
+    image; `null` where there is none.
+
+    Attributes:
+        at: where the board has a byte in which the worker tells which image it is at, counted from
+            1, and behind it one for each image, which tells the worker to pass it over.
+        start: where the first image is; the others follow it without a gap.
+        sizes: of the images, in bytes.
+        options: what is wanted of each.
+    """
+
+    at: int
+    start: int
+    sizes: tuple[int, ...]
+    options: tuple[Options, ...]
+
+    def to_json(self) -> str:
+        """ASCII on one line, fit for a header."""
+        options = ", ".join(one.to_json() for one in self.options)
+        return (
+            f'{{"at": {self.at}, "start": {self.start}, "sizes": {list(self.sizes)}, '
+            f'"options": [{options}]}}'
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "OnBoard":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it did not write that.
+        """
+        try:
+            document = json.loads(text)
+            return cls(
+                at=int(document["at"]),
+                start=int(document["start"]),
+                sizes=tuple(int(size) for size in document["sizes"]),
+                options=tuple(Options.of(one) for one in document["options"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError("not what a request says whose images are on the board") from error
 
 
 class Stage(StrEnum):

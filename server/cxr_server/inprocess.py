@@ -33,6 +33,8 @@ from cxr.engine import warm_up_image
 from cxr_server import worker
 from cxr_server.settings import Settings, available_cores
 from cxr_server.workers import (
+    SLOW,
+    at_once,
     ended_while_loading,
     failed_twice,
     killed_again,
@@ -59,8 +61,6 @@ _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHU
 # Workers that may be killed over one image. Whoever kills all workers at once can meet it twice: in
 # its own worker, and in the next that took it. The third is one that was started after that.
 _KILLS = 3
-# Seconds after which images that wait behind another one in a worker are taken from it.
-_SLOW = 1.0
 _LINES_KEPT = 40
 
 
@@ -493,7 +493,7 @@ class InProcess:
         for place, job in enumerate(wanted, 1):
             job.skip = partial(process.shared.__setitem__, place, 1)
         loop = asyncio.get_running_loop()
-        slow = loop.call_later(_SLOW, self._take_back, process, jobs)
+        slow = loop.call_later(SLOW, self._take_back, process, jobs)
         try:
             return await process.ask(wanted, self._settings.request_timeout)
         finally:
@@ -537,13 +537,11 @@ class InProcess:
 
         Where many wait, one that takes no batches is given some of them all the same: a message for
         several costs hardly more than one for a single image, and this process, which has lost the
-        caches to the workers each time that it comes, comes less often. Not the only worker: behind
-        an image that takes long, nobody else could answer them.
+        caches to the workers each time that it comes, comes less often.
         """
         jobs = [first]
         if batching.size == 1:
-            share = self._waiting.qsize() // (2 * self._ready) if self._ready > 1 else 0
-            most = min(worker.MOST, 1 + share)
+            most = at_once(self._waiting.qsize(), self._ready)
             while len(jobs) < most and self._waiting.qsize() and not first[1].alone:
                 item = self._waiting.get_nowait()
                 if item[1].alone:

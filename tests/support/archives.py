@@ -27,11 +27,12 @@ def edited_archive(folder: Path, edit: Edit) -> Path:
 
 def before_each_batch(files: Files, code: str) -> None:
     """Let the handler run some code on `bodies`, the images of a batch, before it answers."""
-    method = (
-        "\n    def handle(self, rows, context):\n        bodies = [_body(row) for row in rows]\n"
-    )
+    call, method = "self.engine.predict(", "\n    def _after_code(self, bodies, options):\n"
     method += "".join(f"        {line}\n" for line in code.splitlines())
-    method += "        return self.handle_all(rows, context)\n\n    def handle_all("
+    method += f"        return {call}bodies, options)\n"
     handler = files[packager.HANDLER].decode()
+    assert handler.count(call) == 2
+    handler = handler.replace(call, "self._after_code(")
     assert handler.count("\n    def handle(") == 1
-    files[packager.HANDLER] = handler.replace("\n    def handle(", method).encode()
+    handler = handler.replace("\n    def handle(", f"{method}\n    def handle(")
+    files[packager.HANDLER] = handler.encode()

@@ -1,6 +1,7 @@
-"""What the runtime without TorchServe reads in an archive about batches, on CPU and on GPU."""
+"""How many images the runtimes give a worker at once, on CPU and on GPU."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 import yaml
 
 from cxr.answer import Options
+from cxr.config import load_config
 from cxr_archive.packager import MODEL_CONFIG
-from cxr_server import inprocess
+from cxr_server import inprocess, torchserve
 from cxr_server.inprocess import Batching, InProcess, _Job
 from cxr_server.settings import Settings
+from cxr_server.torchserve import TorchServe
 from support.archives import Files, edited_archive
 
 
@@ -59,15 +62,18 @@ def test_a_gpu_has_batches_of_its_own(
         assert batching(tmp_path / provider, changes, provider) == gpu
 
 
-@pytest.mark.parametrize(
+MANY = pytest.mark.parametrize(
     ("workers", "waiting", "alone", "given"),
-    [(2, 1, [], 1), (2, 4, [], 2), (2, 40, [], 4), (2, 40, [2], 2), (1, 40, [], 1)],
+    [(2, 1, [], 1), (2, 3, [], 2), (2, 40, [], 4), (2, 40, [2], 2), (1, 40, [], 1)],
     ids=["few wait", "some wait", "many wait", "one of them alone", "a single worker"],
 )
+
+
+@MANY
 def test_where_many_wait_a_worker_is_given_several(
     workers: int, waiting: int, alone: list[int], given: int, tmp_path: Path
 ) -> None:
-    async def first_of_many() -> list[int]:
+    async def first() -> list[int]:
         runtime = InProcess(edited_archive(tmp_path, lambda _: None), Settings())
         runtime._ready = workers
         for place in range(waiting + 1):
@@ -79,4 +85,52 @@ def test_where_many_wait_a_worker_is_given_several(
         await runtime.stop()
         return [place for place, _ in jobs]
 
-    assert asyncio.run(first_of_many()) == list(range(given))
+    assert asyncio.run(first()) == list(range(given))
+
+
+@MANY
+def test_where_many_wait_torchserve_is_given_several(
+    workers: int, waiting: int, alone: list[int], given: int, tmp_path: Path
+) -> None:
+    assert first_of_many(tmp_path, workers, waiting, alone=alone) == list(range(given))
+
+
+def test_torchserve_is_given_several_small_images_only(tmp_path: Path) -> None:
+    assert first_of_many(tmp_path, 2, 40, image=bytes(300_000)) == [0, 1, 2]
+    assert first_of_many(tmp_path, 2, 40, image=bytes(2_000_000)) == [0]
+
+
+def test_an_older_archive_is_given_one_image_a_request(tmp_path: Path) -> None:
+    assert first_of_many(tmp_path, 2, 40, reads_board=False) == [0]
+
+
+def first_of_many(
+    folder: Path,
+    workers: int,
+    waiting: int,
+    *,
+    alone: Sequence[int] = (),
+    image: bytes = b"",
+    reads_board: bool = True,
+) -> list[int]:
+    """What goes into TorchServe's next request, by arrival, where so many more wait."""
+
+    async def first() -> list[int]:
+        path = edited_archive(folder, lambda _: None)
+        runtime = TorchServe(path, load_config(folder / "bundle"), Settings())
+        runtime._ready, runtime._board_is_read = workers, reads_board
+        for arrival in range(waiting + 1):
+            runtime._waiting.append(
+                torchserve._Job(
+                    arrival=arrival,
+                    image=image,
+                    options=Options(),
+                    outcome=asyncio.get_running_loop().create_future(),
+                    alone=arrival in alone,
+                )
+            )
+        jobs = runtime._next()
+        await runtime.stop()
+        return [job.arrival for job in jobs]
+
+    return asyncio.run(first())
