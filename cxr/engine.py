@@ -117,6 +117,8 @@ class Engine:
         used = self._session.get_providers()
         self.provider: str = used[0]
         self.unusable = tuple(name for name in offered if name not in used)
+        # The size of all batches on a GPU: after one of another size, it is set up anew.
+        self._largest = 1
         on_gpu = self.provider != "CPUExecutionProvider"
         # A GPU waits for all images of its batch, and decoders do not hold Python's lock.
         self._loaders = ThreadPoolExecutor(threads) if on_gpu and threads > 1 else None
@@ -221,7 +223,11 @@ class Engine:
         """What the graph makes of each image, in order."""
         if not images:
             return []
-        inputs = {self._input: np.stack([image.tensor for image in images])}
+        tensors = [image.tensor for image in images]
+        if self.provider != "CPUExecutionProvider":
+            self._largest = max(self._largest, len(tensors))
+            tensors += [np.zeros_like(tensors[0])] * (self._largest - len(tensors))
+        inputs = {self._input: np.stack(tensors)}
         # What a name stands for in a row: the row's fields are in this order.
         names: list[str | None] = [self._output, None, None]
         if judge and self._guards is not None:
@@ -232,7 +238,7 @@ class Engine:
         wanted = [name for name in names if name is not None]
         found = dict(zip(wanted, self._session.run(wanted, inputs), strict=True))
         nothing = [None] * len(images)
-        columns = [nothing if name is None else found[name] for name in names]
+        columns = [nothing if name is None else found[name][: len(images)] for name in names]
         return [_Row(*values) for values in zip(*columns, strict=True)]
 
     def _answer(

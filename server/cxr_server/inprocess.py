@@ -400,16 +400,16 @@ class InProcess:
         return self._load_error is None
 
     async def _warm_up(self, process: _Worker) -> None:
-        """Have the worker answer a batch of each size.
+        """Have the worker answer a batch of the largest size.
 
-        The first one of a size takes a GPU half a second: it looks for algorithms then.
+        On a GPU, that is the size of all from then on; the first one takes half a second.
 
         Raises:
             _WorkerError: it has ended, or not answered in time.
         """
-        answer = asyncio.get_running_loop().create_future()
-        job = _Job(image=warm_up_image(), options=Options(), answer=answer)
-        for size in range(2, process.batching.size + 1):
+        if (size := process.batching.size) > 1:
+            answer = asyncio.get_running_loop().create_future()
+            job = _Job(image=warm_up_image(), options=Options(), answer=answer)
             await process.ask([job] * size, self._settings.startup_timeout)
 
     async def _serve(self, process: _Worker) -> None:

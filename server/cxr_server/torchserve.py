@@ -14,6 +14,7 @@ import logging
 import math
 import mmap
 import os
+import random
 import shutil
 import signal
 import socket
@@ -75,6 +76,7 @@ _STATES = 1 + MOST
 _PLACE = 2**20
 # TorchServe knows no request without one.
 _NO_BODY = b"-"
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 # Room for HTTP headers and multipart framing around the largest image.
 _FRAMING_BYTES = 65_536
 # An explanation: at most 256 x 256 pixels of colour and the map, in Base64.
@@ -577,10 +579,13 @@ class TorchServe:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that nobody else is given meanwhile who lets the kernel choose."""
+    lowest = int(_EPHEMERAL_PORTS.read_text(encoding="ascii").split()[0])
+    while True:
+        port = random.randrange(lowest // 2, lowest)  # noqa: S311 - no secret
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _unanswered(body: bytes) -> _Unanswered:

@@ -56,9 +56,9 @@ def batches(server: Server) -> list[int]:
     return [int(line) for line in file.read_text().splitlines()]
 
 
-def test_each_size_of_batch_has_been_tried_before_the_service_is_ready(batching: Server) -> None:
-    """On a GPU, the first batch of each size takes half a second."""
-    assert batches(batching)[: BATCH - 1] == list(range(2, BATCH + 1))
+def test_the_largest_batch_has_been_tried_before_the_service_is_ready(batching: Server) -> None:
+    """On a GPU, all have this size, and the first one takes half a second."""
+    assert batches(batching)[0] == BATCH
 
 
 def test_images_come_in_batches_and_answers_in_order(batching: Server, bundle: Path) -> None:

@@ -194,6 +194,26 @@ class TestLoad:
         assert [str(answer) for answer in answers[4:]] == [str(answer) for answer in expected[4:]]
         assert answers[:4] == expected[:4]
 
+    def test_on_a_gpu_all_batches_have_the_size_of_the_largest(
+        self, bundle: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes = []
+
+        class OnGpu(ort.InferenceSession):
+            def get_providers(self) -> list[str]:
+                return [CUDA, CPU]
+
+            def run(self, names: Any, inputs: Any) -> Any:
+                sizes.append(len(next(iter(inputs.values()))))
+                return super().run(names, inputs)
+
+        images = [encoded_image(brightness=20 + 40 * i) for i in range(4)]
+        monkeypatch.setattr(ort, "InferenceSession", OnGpu)
+        on_gpu = Engine(bundle)
+        for part in (images[:1], images[:3], images[:2], images[3:]):
+            assert on_gpu.predict([b"no image", *part])[1:] == engine.predict(part)
+        assert sizes == [1, 3, 3, 3]
+
     def test_a_changed_graph(self, bundle: Path) -> None:
         graph = bytearray((bundle / "model.onnx").read_bytes())
         graph[-10] ^= 1
