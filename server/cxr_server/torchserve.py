@@ -79,8 +79,8 @@ _NO_BODY = b"-"
 _EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 # Room for HTTP headers and multipart framing around the largest image.
 _FRAMING_BYTES = 65_536
-# An explanation: at most 256 x 256 pixels of colour and the map, in Base64.
-_LARGEST_ANSWER = 2**20
+# Explanations: at most 256 x 256 pixels of colour and the map, in Base64, of each image.
+_LARGEST_ANSWER = MOST * 2**20
 # More than `_slots` lets in: TorchServe also holds what nobody waits for any more.
 _QUEUE_SIZE = 1000
 # What TorchServe logs when a worker ended before it had the model loaded.
