@@ -45,7 +45,7 @@ from cxr.answer import (
 from cxr.config import ModelConfig
 from cxr.engine import LOAD_ERROR_FILE_ENV
 from cxr_server.settings import Settings
-from cxr_server.worker import MOST
+from cxr_server.worker import MOST, SHARED_BYTES
 from cxr_server.workers import (
     SLOW,
     at_once,
@@ -72,7 +72,6 @@ _STOP_TIMEOUT = 10.0
 _REQUESTS_PER_WORKER = 2
 # The board has one place for each of them, with the images' states, and the images behind these. A
 # larger image goes through TorchServe, which copies it several times.
-_STATES = 1 + MOST
 _PLACE = 2**20
 # TorchServe knows no request without one.
 _NO_BODY = b"-"
@@ -81,7 +80,7 @@ _EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _FRAMING_BYTES = 65_536
 # Explanations: at most 256 x 256 pixels of colour and the map, in Base64, of each image.
 _LARGEST_ANSWER = MOST * 2**20
-# More than `_slots` lets in: TorchServe also holds what nobody waits for any more.
+# More than there are places: TorchServe also holds what nobody waits for any more.
 _QUEUE_SIZE = 1000
 # What TorchServe logs when a worker ended before it had the model loaded.
 _FAILED_LOAD = "Load model failed"
@@ -382,7 +381,7 @@ class TorchServe:
         """
         jobs: list[_Job] = []
         most = at_once(len(self._waiting) - 1, self._ready) if self._board_is_read else 1
-        size = _STATES
+        size = SHARED_BYTES
         while self._waiting and len(jobs) < most:
             job = self._waiting[0]
             if not job.outcome.done():
@@ -395,7 +394,7 @@ class TorchServe:
 
     async def _send(self, place: int, jobs: list[_Job]) -> None:
         try:
-            if self._board_is_read and _STATES + sum(len(job.image) for job in jobs) <= _PLACE:
+            if self._board_is_read and SHARED_BYTES + sum(len(job.image) for job in jobs) <= _PLACE:
                 await self._send_board(place, jobs)
                 return
             (job,) = jobs
@@ -413,8 +412,8 @@ class TorchServe:
             place: of this request on it.
             jobs: at the end, only those that nobody else has.
         """
-        self._board[place : place + _STATES] = bytes(_STATES)
-        start = end = place + _STATES
+        self._board[place : place + SHARED_BYTES] = bytes(SHARED_BYTES)
+        start = end = place + SHARED_BYTES
         for number, job in enumerate(jobs, 1):
             end += len(job.image)
             self._board[end - len(job.image) : end] = job.image
