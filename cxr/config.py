@@ -298,6 +298,7 @@ class Compilation(_Document):
         flags_limit: largest share of `flags_changed` that passes, where the model has guards.
         candidates: all graphs, the original first.
         execution_provider: ONNX Runtime's provider to prefer, where it is there.
+        precision: what that provider may compute in; `None` for the graph's own.
         onnxruntime: version that compiled.
     """
 
@@ -309,6 +310,7 @@ class Compilation(_Document):
     flags_limit: Probability | None = None
     candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)]
     execution_provider: Literal["TensorrtExecutionProvider"] | None = None
+    precision: Literal["float16"] | None = None
     onnxruntime: str
 
     @property

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import json
 import sys
 import time
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +36,13 @@ LOAD_ERROR_FILE_ENV = "CXR_LOAD_ERROR_FILE"
 
 _SUM_TOLERANCE = 1e-3
 
-# Convolutions in full float32, as on a CPU, and their algorithms chosen by rule: by trial, which is
-# ONNX Runtime's default, the first batch of each size waits for it.
-_PROVIDER_OPTIONS = {
-    "CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
-}
+# ONNX Runtime's execution providers.
+CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+TENSORRT: Final = "TensorrtExecutionProvider"
+
+
+_Provider = tuple[str, dict[str, str]]
 
 
 class _Row(NamedTuple):
@@ -48,6 +51,36 @@ class _Row(NamedTuple):
     probabilities: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float32] | None
     evidence: npt.NDArray[np.float32] | None
+
+
+def usable_providers(wanted: Sequence[str], *, float16: bool = False) -> list[_Provider]:
+    """Those execution providers that ONNX Runtime offers here, their libraries loaded.
+
+    Args:
+        wanted: names, the preferred one first.
+        float16: whether TensorRT may compute in half precision.
+
+    Returns:
+        Names and options, as an `InferenceSession` takes them.
+    """
+    # Imported here: reading a configuration must not need the runtime.
+    import onnxruntime as ort  # noqa: PLC0415
+
+    offered = [name for name in wanted if name in ort.get_available_providers()]
+    # The libraries come as packages, where no loader looks.
+    if CUDA in offered:
+        with contextlib.redirect_stdout(sys.stderr):  # what is missing is printed
+            ort.preload_dlls()
+    if TENSORRT in offered:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("tensorrt_libs")  # loads them by being imported
+    options: dict[str, dict[str, str]] = {
+        # Convolutions in full float32, as on a CPU, and their algorithms chosen by rule: by trial,
+        # which is ONNX Runtime's default, the first batch of each size waits for it.
+        CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
+        TENSORRT: {"trt_fp16_enable": str(int(float16))},
+    }
+    return [(name, options.get(name, {})) for name in offered]
 
 
 class Engine:
@@ -101,25 +134,20 @@ class Engine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        compiled_for = (config.get("compilation") or {}).get("execution_provider")
-        usual = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        wanted = providers or ((compiled_for, *usual) if compiled_for else usual)
-        offered = [name for name in wanted if name in ort.get_available_providers()]
-        if "CUDAExecutionProvider" in offered:
-            # CUDA's libraries come as packages, where no loader looks; what is missing is printed.
-            with contextlib.redirect_stdout(sys.stderr):
-                ort.preload_dlls()
-        given = [(name, _PROVIDER_OPTIONS.get(name, {})) for name in offered]
+        compilation = config.get("compilation") or {}
+        compiled_for = compilation.get("execution_provider")
+        wanted = providers or ((compiled_for, CUDA, CPU) if compiled_for else (CUDA, CPU))
+        given = usable_providers(wanted, float16=compilation.get("precision") == "float16")
         try:
             self._session = ort.InferenceSession(model, options, providers=given)
         except Exception as error:  # ONNX Runtime's exception types are not public
             raise ModelLoadError("ONNX Runtime cannot load the model's graph.") from error
         used = self._session.get_providers()
         self.provider: str = used[0]
-        self.unusable = tuple(name for name in offered if name not in used)
+        self.unusable = tuple(name for name, _ in given if name not in used)
         # The size of all batches on a GPU: after one of another size, it is set up anew.
         self._largest = 1
-        on_gpu = self.provider != "CPUExecutionProvider"
+        on_gpu = self.provider != CPU
         # A GPU waits for all images of its batch, and decoders do not hold Python's lock.
         self._loaders = ThreadPoolExecutor(threads) if on_gpu and threads > 1 else None
         self._input = graph["input"]["name"]
@@ -224,7 +252,7 @@ class Engine:
         if not images:
             return []
         tensors = [image.tensor for image in images]
-        if self.provider != "CPUExecutionProvider":
+        if self.provider != CPU:
             self._largest = max(self._largest, len(tensors))
             tensors += [np.zeros_like(tensors[0])] * (self._largest - len(tensors))
         inputs = {self._input: np.stack(tensors)}

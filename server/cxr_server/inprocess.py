@@ -29,7 +29,7 @@ import yaml
 from prometheus_client import Metric
 
 from cxr.answer import OPTIONS_HEADER, Answer, Options
-from cxr.engine import warm_up_image
+from cxr.engine import CPU, warm_up_image
 from cxr_server import worker
 from cxr_server.settings import Settings, available_cores
 from cxr_server.workers import (
@@ -605,7 +605,7 @@ class InProcess:
 
     def _batching(self, provider: str) -> Batching:
         """The archive's batching, which is another one on a GPU."""
-        gpu = provider not in {"", "CPUExecutionProvider"}
+        gpu = provider not in {"", CPU}
         given = self._model_config | (self._model_config.get("gpu") or {} if gpu else {})
         return Batching(
             size=int(given.get("batchSize", 1)), delay=int(given.get("maxBatchDelay", 0)) / 1000

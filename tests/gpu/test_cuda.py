@@ -16,12 +16,11 @@ from tritonclient.grpc import service_pb2_grpc
 from conftest import Trained, cxr
 from cxr.answer import Options, Prediction
 from cxr.config import load_config
-from cxr.engine import Engine
+from cxr.engine import CPU, CUDA, TENSORRT, Engine
 from cxr_server.settings import RuntimeName
 from support.protocols import BINARY, V1, grpc_request
 from support.servers import Server, serving
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Probabilities on GPU and CPU; float32 sums in another order.
 TOLERANCE = 1e-4
 
@@ -155,7 +154,7 @@ def test_a_network_is_fine_tuned(train: Callable[..., Trained], tmp_path: Path) 
 
 
 def test_tensorrt_runs_or_is_refused(trained: Trained, on_cpu: Engine, tmp_path: Path) -> None:
-    """A graph is never said to be made for it where another provider ran it."""
+    """It is chosen only where it ran, and then it answers as the CPU does."""
     out = tmp_path / "compiled"
     words = ("compile", trained.bundle, "--manifest", trained.manifest, "--out", out, "--tensorrt")
     done = cxr(*words, check=False)
@@ -163,7 +162,10 @@ def test_tensorrt_runs_or_is_refused(trained: Trained, on_cpu: Engine, tmp_path:
         assert "TensorRT" in done.stderr.splitlines()[-1]
         assert not out.exists()
         return
+    compilation = load_config(out).compilation
+    assert compilation is not None
     engine = Engine(out)
-    assert engine.provider == "TensorrtExecutionProvider"
+    assert engine.provider == (compilation.execution_provider or CUDA)
+    assert (engine.provider == TENSORRT) == compilation.chosen.startswith("tensorrt")
     found, expected = (probabilities(one, trained.images) for one in (engine, on_cpu))
     np.testing.assert_allclose(found, expected, atol=0.05)

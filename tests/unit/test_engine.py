@@ -21,11 +21,9 @@ import cxr.engine
 from cxr.answer import Prediction, Stage, decide
 from cxr.config import file_sha256
 from cxr.decode import DecodeLimits
-from cxr.engine import CONFIG_FILE, Engine
+from cxr.engine import CONFIG_FILE, CPU, CUDA, TENSORRT, Engine, usable_providers
 from cxr.errors import BadImageError, ModelLoadError, Rejection
 from support.bundles import LABELS, encoded_image, graph_bytes, make_bundle
-
-CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +166,24 @@ class TestLoad:
         Engine(bundle, providers=[CPU])
         assert seen == [asked, [CPU]]
         assert engine.unusable == tuple(asked[:-1])
+
+    def test_the_package_of_tensorrt_is_loaded_where_it_is_wanted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its libraries lie where no loader looks, and it loads them when it is imported."""
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+        float32, float16 = {"trt_fp16_enable": "0"}, {"trt_fp16_enable": "1"}
+        # Not installed is not refused: the libraries may lie where loaders look.
+        assert usable_providers([TENSORRT, CPU]) == [(TENSORRT, float32), (CPU, {})]
+        (tmp_path / "tensorrt_libs.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+        usable_providers([CUDA, CPU])
+        assert "tensorrt_libs" not in sys.modules
+        try:
+            assert usable_providers([TENSORRT], float16=True) == [(TENSORRT, float16)]
+            assert "tensorrt_libs" in sys.modules
+        finally:
+            sys.modules.pop("tensorrt_libs", None)
 
     def test_a_gpu_gets_its_batches_from_several_threads(
         self, bundle: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch

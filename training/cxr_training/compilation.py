@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from cxr.config import Candidate, Compilation, Guards, ModelConfig, file_sha256, load_config
-from cxr.engine import Engine
+from cxr.engine import CPU, CUDA, TENSORRT, Engine, usable_providers
 from cxr.errors import Rejection
 from cxr.mar import CARD_FILE, verify
 from cxr_archive.packager import pack
@@ -40,7 +40,6 @@ from cxr_training.runs import staged
 
 Float32Array = npt.NDArray[np.float32]
 
-TENSORRT: Final = "TensorrtExecutionProvider"
 ORIGINAL, OPTIMIZED = "original", "optimized"
 # Shares of the convolutions, from the input on, that stay in float32: the first ones see the grey
 # values themselves, and every later feature inherits their error.
@@ -52,6 +51,14 @@ _ROUNDING = 1e-9
 _ERRORS_ONLY = 3
 # A smaller gain is within the noise of its measurement.
 _LEAST_SPEEDUP = 1.03
+
+
+class _Way(NamedTuple):
+    """How a graph may run: its file, ONNX Runtime's providers and what they may compute in."""
+
+    graph: Path
+    providers: tuple[str, ...] = (CPU,)
+    float16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +87,8 @@ def compile_bundle(
             the run folder.
         out: the bundle folder to write, or an archive if its name ends in `.mar`.
         gate: what may be lost.
-        tensorrt: have TensorRT run the graph; it builds its own engine where it serves.
+        tensorrt: try TensorRT in float32 and float16 instead, against CUDA; it builds its own
+            engine from the original graph, where it serves, too.
 
     Returns:
         What was tried and chosen, as it stands in the written configuration.
@@ -102,12 +110,12 @@ def compile_bundle(
             raise TrainingError("This model is compiled already; compile the original.")
         _check_manifest(frame, config)
         work = Path(temporary)
-        graphs = _candidates(bundle / config.graph.file, frame, config, work)
+        original = bundle / config.graph.file
+        ways = _on_gpu(original) if tensorrt else _candidates(original, frame, config, work)
         validation = frame[frame["split"] == "validation"]
-        providers = ([TENSORRT] if tensorrt else []) + ["CPUExecutionProvider"]
-        trials = _trials(graphs, validation, config, providers=providers)
-        compilation = _judged(trials, gate or Gate(), config, tensorrt=tensorrt)
-        graph = graphs[compilation.chosen]
+        trials = _trials(ways, validation, config)
+        compilation = _judged(trials, ways, gate or Gate(), config)
+        graph = ways[compilation.chosen].graph
         config = _with_limits(config, trials[compilation.chosen].limits).model_copy(
             update={
                 "graph": config.graph.model_copy(update={"sha256": file_sha256(graph)}),
@@ -140,16 +148,25 @@ def _check_manifest(frame: pd.DataFrame, config: ModelConfig) -> None:
         )
 
 
+def _on_gpu(graph: Path) -> dict[str, _Way]:
+    """Ways by name: as it would run without TensorRT first."""
+    return {
+        ORIGINAL: _Way(graph, (CUDA, CPU)),
+        "tensorrt-float32": _Way(graph, (TENSORRT, CUDA, CPU)),
+        "tensorrt-float16": _Way(graph, (TENSORRT, CUDA, CPU), float16=True),
+    }
+
+
 def _candidates(
     graph: Path, frame: pd.DataFrame, config: ModelConfig, work: Path
-) -> dict[str, Path]:
-    """Graphs by name: the original first."""
+) -> dict[str, _Way]:
+    """Ways by name: the original first."""
     optimized = work / "optimized.onnx"
     # The switch of the heat maps is an input with a default, which ONNX Runtime warns of.
     ort.set_default_logger_severity(_ERRORS_ONLY)
     # What only one kind of processor could run is left to the loading.
     quant_pre_process(str(graph), str(optimized), skip_symbolic_shape=True)
-    found = {ORIGINAL: graph, OPTIMIZED: optimized}
+    found = {ORIGINAL: _Way(graph), OPTIMIZED: _Way(optimized)}
     nodes = onnx.load(optimized).graph.node
     convolutions = [place for place, node in enumerate(nodes) if node.op_type == "Conv"]
     if not convolutions:
@@ -160,10 +177,10 @@ def _candidates(
     for share in _FLOAT_SHARES:
         first = convolutions[int(share * len(convolutions))]
         name = f"int8-{share:g}"
-        found[name] = work / f"{name}.onnx"
+        found[name] = _Way(work / f"{name}.onnx")
         quantize_static(
             str(optimized),
-            str(found[name]),
+            str(found[name].graph),
             _Images(config.graph.input.name, tensors),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(_QUANTIZED),
@@ -214,37 +231,35 @@ class _Trial:
 
 
 def _trials(
-    graphs: Mapping[str, Path],
-    validation: pd.DataFrame,
-    config: ModelConfig,
-    *,
-    providers: Sequence[str],
+    ways: Mapping[str, _Way], validation: pd.DataFrame, config: ModelConfig
 ) -> dict[str, _Trial]:
     """Every graph on every image, in turn, so that a slow spell of the machine meets all."""
-    sessions = {name: _session(path, providers) for name, path in graphs.items()}
+    sessions = {name: _session(way) for name, way in ways.items()}
     # ONNX Runtime offers it wherever it was built with it, and goes on without what it cannot load.
-    if any(providers[0] not in session.get_providers() for session in sessions.values()):
-        raise TrainingError(
-            "ONNX Runtime cannot use TensorRT here; it needs a GPU, its driver and TensorRT's "
-            "libraries on the library path."
-        )
+    for name, way in ways.items():
+        if way.providers[0] not in sessions[name].get_providers():
+            raise TrainingError(
+                "ONNX Runtime cannot use TensorRT here; it needs a GPU, its driver and the "
+                "libraries of CUDA and of the version of TensorRT that it was built with."
+            )
     expected = {output.name for output in sessions[ORIGINAL].get_outputs()}
     for name, session in sessions.items():
         if {output.name for output in session.get_outputs()} != expected:
             raise TrainingError(f"The graph {name} lost an output of the original.")
     # On the CPU the calling thread does all the work, and its own time is free of the decoders'.
-    clock = time.thread_time if providers[0] == "CPUExecutionProvider" else time.perf_counter
+    on_cpu = all(way.providers == (CPU,) for way in ways.values())
+    clock = time.thread_time if on_cpu else time.perf_counter
     outputs = [config.graph.output.name]
     if config.guards is not None:
         outputs.append(config.guards.output.name)
-    probabilities: dict[str, list[Float32Array]] = {name: [] for name in graphs}
-    scores: dict[str, list[Float32Array]] = {name: [] for name in graphs}
-    seconds: dict[str, list[float]] = {name: [] for name in graphs}
+    probabilities: dict[str, list[Float32Array]] = {name: [] for name in ways}
+    scores: dict[str, list[Float32Array]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for index, tensor in enumerate(image_tensors(validation, config.preprocessing)):
         fed = {config.graph.input.name: tensor[None]}
         for name, session in sessions.items():
-            for _ in range(_WARM_UP_RUNS if index == 0 else 0):
-                session.run(None, fed)
+            if index == 0:
+                _warm_up(name, session, fed)
             start = clock()
             row, *judged = session.run(outputs, fed)
             seconds[name].append(clock() - start)
@@ -266,6 +281,15 @@ def _trials(
     return trials
 
 
+def _warm_up(name: str, session: ort.InferenceSession, fed: Mapping[str, Float32Array]) -> None:
+    """Run a graph for the first time, when TensorRT builds its engine."""
+    try:
+        for _ in range(_WARM_UP_RUNS):
+            session.run(None, fed)
+    except Exception as error:  # ONNX Runtime's exception types are not public
+        raise TrainingError(f"ONNX Runtime cannot run {name} here: {error}") from error
+
+
 def _guarded(
     scores: Sequence[Float32Array], original: Sequence[Float32Array], guards: Guards | None
 ) -> tuple[Mapping[Rejection, float], npt.NDArray[np.bool_]]:
@@ -282,20 +306,22 @@ def _guarded(
     return dict(zip(guards.scores, limits.tolist(), strict=True)), found > limits
 
 
-def _session(path: Path, providers: Sequence[str]) -> ort.InferenceSession:
+def _session(way: _Way) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
-    return ort.InferenceSession(str(path), options, providers=list(providers))
+    providers = usable_providers(way.providers, float16=way.float16)
+    return ort.InferenceSession(str(way.graph), options, providers=providers)
 
 
 def _judged(
-    trials: Mapping[str, _Trial], gate: Gate, config: ModelConfig, *, tensorrt: bool
+    trials: Mapping[str, _Trial], ways: Mapping[str, _Way], gate: Gate, config: ModelConfig
 ) -> Compilation:
     original = trials[ORIGINAL]
     candidates = tuple(_figures(name, trial, original, gate) for name, trial in trials.items())
     faster = [one for one in candidates if one.passed and one.speedup >= _LEAST_SPEEDUP]
     best = max(faster, key=lambda one: one.speedup, default=candidates[0])
+    way = ways[best.name]
     return Compilation(
         chosen=best.name,
         source_sha256=config.graph.sha256,
@@ -304,7 +330,8 @@ def _judged(
         difference_limit=gate.difference,
         flags_limit=None if config.guards is None else gate.flags,
         candidates=candidates,
-        execution_provider=TENSORRT if tensorrt else None,
+        execution_provider=TENSORRT if way.providers[0] == TENSORRT else None,
+        precision="float16" if way.float16 else None,
         onnxruntime=ort.__version__,
     )
 

@@ -32,7 +32,10 @@ from cxr_training.command import FILE, clear_errors, json_option, print_json
     "--max-flags-changed", type=click.FloatRange(0, 100), default=1.0, show_default=True,
     help="Per cent of the images of which guards may come to say something else.",
 )  # fmt: skip
-@click.option("--tensorrt", is_flag=True, help="Have TensorRT run the graph; needs a GPU here.")
+@click.option(
+    "--tensorrt", is_flag=True,
+    help="Try TensorRT in float32 and float16 instead, against CUDA; needs a GPU here.",
+)  # fmt: skip
 @json_option
 def compile_command(
     *,

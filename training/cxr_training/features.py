@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from cxr.decode import DEFAULT_LIMITS, decode
+from cxr.engine import CPU
 from cxr.errors import BadImageError
 from cxr.preprocess import Preprocessing, load_tensor, preprocess
 from cxr_training.augment import Augmentation, augment
@@ -269,9 +270,7 @@ def _onnx_network(backbone: Backbone) -> Network:
     options = ort.SessionOptions()
     # One image on each core, not all cores on one image: that takes half the processors' time.
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
     return Network(
         lambda batch: np.asarray(session.run(None, {IMAGE: batch})[0]), torch.get_num_threads()
     )

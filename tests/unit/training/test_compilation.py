@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ from onnx import helper, numpy_helper
 import cxr_training.compilation as compilation_module
 from cxr.answer import Options, Prediction
 from cxr.config import Compilation, ModelConfig, file_sha256, load_config
-from cxr.engine import Engine
+from cxr.engine import CPU, CUDA, TENSORRT, Engine
 from cxr.errors import ModelLoadError, Rejection
 from cxr.mar import CARD_FILE, verify
 from cxr.quality import PIXEL_REASONS
@@ -199,8 +200,9 @@ def test_a_graph_that_answers_no_numbers_is_refused_by_any_gate(
     config = load_config(bundle)
     original = bundle / config.graph.file
     broken = spoiled(original, getattr(config, of).output.name, tmp_path / "broken.onnx")
-    graphs = {ORIGINAL: original, "int8-broken": broken}
-    monkeypatch.setattr(compilation_module, "_candidates", lambda *_: graphs)
+    ways = {name: compilation_module._Way(graph) for name, graph in
+            ((ORIGINAL, original), ("int8-broken", broken))}  # fmt: skip
+    monkeypatch.setattr(compilation_module, "_candidates", lambda *_: ways)
     monkeypatch.setattr(compilation_module, "_figures", _only_int8_is_faster)
     found = compile_bundle(bundle, manifest, tmp_path / "out", gate=LOOSE)
     assert [candidate.passed for candidate in found.candidates] == [True, False]
@@ -235,9 +237,86 @@ def test_tensorrt_that_cannot_be_loaded_is_refused(
     bundle: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`onnxruntime-gpu` offers it on every machine, and runs the graph on the CPU then."""
-    offered = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(ort, "get_available_providers", lambda: offered)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CPU])
     with pytest.raises(TrainingError, match="cannot use TensorRT here"):
+        compile_bundle(bundle, manifest, tmp_path / "out", tensorrt=True)
+    assert not (tmp_path / "out").exists()
+
+
+class Gpu(ort.InferenceSession):  # type: ignore[misc]
+    """Says that it is on a GPU. TensorRT answers `off` more, and in float16 `coarse` more."""
+
+    asked: list[Any]
+    off = 0.0
+    coarse = 0.0
+
+    def __init__(self, model: Any, options: Any, *, providers: Any) -> None:
+        self.asked.append(providers)
+        self._given = [name for name, _ in providers]
+        first, settings = providers[0]
+        self._more = 0.0
+        if first == TENSORRT:
+            self._more = self.coarse if settings["trt_fp16_enable"] == "1" else self.off
+        super().__init__(model, options, providers=[CPU])
+
+    def get_providers(self) -> list[str]:
+        return self._given
+
+    def run(self, names: Any, inputs: Any) -> Any:
+        if np.isinf(self._more):
+            raise RuntimeError("no engine could be built")
+        first, *rest = super().run(names, inputs)
+        return [first + np.float32(self._more), *rest]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Gpu]:
+    """TensorRT in float16 is the fastest, and in float32 faster than CUDA."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+    fresh = type("Gpu", (Gpu,), {"asked": []})
+    monkeypatch.setattr(ort, "InferenceSession", fresh)
+    speed = {ORIGINAL: 1.0, "tensorrt-float32": 2.0, "tensorrt-float16": 3.0}
+
+    def figures(name: str, *rest: object) -> object:
+        return _real_figures(name, *rest).model_copy(update={"speedup": speed[name]})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compilation_module, "_figures", figures)
+    return fresh
+
+
+@pytest.mark.parametrize(
+    ("off", "expected"),
+    [
+        ((0.0, 0.01), ("tensorrt-float16", TENSORRT, "float16")),
+        ((0.01, 0.1), ("tensorrt-float32", TENSORRT, None)),
+        ((0.1, 0.1), (ORIGINAL, None, None)),
+    ],
+)
+def test_tensorrt_has_to_answer_as_cuda_does(
+    *,
+    off: tuple[float, float],
+    expected: tuple[str, str | None, str | None],
+    bundle: Path,
+    manifest: Path,
+    tmp_path: Path,
+    gpu: type[Gpu],
+) -> None:
+    gpu.off, gpu.coarse = off
+    found = compile_bundle(bundle, manifest, tmp_path / "out", tensorrt=True)
+    assert (found.chosen, found.execution_provider, found.precision) == expected
+    assert load_config(tmp_path / "out").graph.sha256 == load_config(bundle).graph.sha256
+    # It is served as it was measured.
+    gpu.asked.clear()
+    assert Engine(tmp_path / "out").provider == (found.execution_provider or CUDA)
+    options = dict(gpu.asked[0]).get(TENSORRT, {})
+    assert options.get("trt_fp16_enable", "0") == str(int(found.precision == "float16"))
+
+
+def test_an_engine_that_tensorrt_cannot_build_is_told(
+    bundle: Path, manifest: Path, tmp_path: Path, gpu: type[Gpu]
+) -> None:
+    gpu.coarse = np.inf
+    with pytest.raises(TrainingError, match="tensorrt-float16 here: no engine could be built"):
         compile_bundle(bundle, manifest, tmp_path / "out", tensorrt=True)
     assert not (tmp_path / "out").exists()
 
@@ -269,9 +348,9 @@ class TestConfiguration:
         self, compiled: Path, tmp_path: Path
     ) -> None:
         document = json.loads((compiled / "cxr-model.json").read_bytes())
-        document["compilation"]["execution_provider"] = "TensorrtExecutionProvider"
+        document["compilation"]["execution_provider"] = TENSORRT
         for file in compiled.iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
         (tmp_path / "cxr-model.json").write_text(json.dumps(document))
         assert load_config(tmp_path).compilation is not None
-        assert Engine(tmp_path).provider == "CPUExecutionProvider"
+        assert Engine(tmp_path).provider == CPU

@@ -11,6 +11,7 @@ import onnxruntime as ort
 from scipy.special import softmax
 from sklearn.metrics.pairwise import rbf_kernel
 
+from cxr.engine import CPU
 from cxr_training.calibration import SMALLEST_PROBABILITY, apply_temperature
 from cxr_training.heads.base import Features, Float64Array, Head, State
 from cxr_training.heads.graph import FEATURES, PROBABILITIES, GraphBuilder
@@ -131,7 +132,7 @@ class TreeHead:
     def _session(self) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        return ort.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(self.model, options, providers=[CPU])
 
     def predict_proba(self, features: Features) -> Float64Array:
         """Probabilities of :class:`Head`."""
