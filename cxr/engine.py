@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from cxr.errors import BadImageError, ModelLoadError, Rejection
 from cxr.explain import explanation
 from cxr.preprocess import Loaded, Preprocessing, load, load_tensor
 from cxr.quality import judged, pixel_scores
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 CONFIG_FILE = "cxr-model.json"
 SCHEMA_VERSION: Literal[1] = 1
@@ -83,6 +86,26 @@ def usable_providers(wanted: Sequence[str], *, float16: bool = False) -> list[_P
     return [(name, options.get(name, {})) for name in offered]
 
 
+def new_session(
+    model: bytes | str, options: "ort.SessionOptions", providers: Sequence[_Provider]
+) -> "ort.InferenceSession":
+    """A session on the first of the providers that can be used, and never on another unnoticed.
+
+    Raises:
+        Exception: the graph cannot be loaded; ONNX Runtime's types are not public.
+    """
+    import onnxruntime as ort  # noqa: PLC0415
+
+    # ONNX Runtime's own way back loses the options of the other providers, and takes a session to
+    # them for ever after one failed run.
+    if providers[0][0] == TENSORRT:
+        # It raises where its libraries are missing; CUDA is passed over.
+        with contextlib.suppress(Exception):
+            return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        providers = providers[1:]
+    return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+
+
 class Engine:
     """A loaded model.
 
@@ -139,7 +162,7 @@ class Engine:
         wanted = providers or ((compiled_for, CUDA, CPU) if compiled_for else (CUDA, CPU))
         given = usable_providers(wanted, float16=compilation.get("precision") == "float16")
         try:
-            self._session = ort.InferenceSession(model, options, providers=given)
+            self._session = new_session(model, options, given)
         except Exception as error:  # ONNX Runtime's exception types are not public
             raise ModelLoadError("ONNX Runtime cannot load the model's graph.") from error
         used = self._session.get_providers()

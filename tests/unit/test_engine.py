@@ -151,7 +151,9 @@ class TestLoad:
         seen = []
         session = ort.InferenceSession
 
-        def record(model: bytes, options: Any, *, providers: Any) -> ort.InferenceSession:
+        def record(
+            model: bytes, options: Any, *, providers: Any, enable_fallback: int
+        ) -> ort.InferenceSession:
             seen.append([name for name, _ in providers])
             return session(model, options, providers=[CPU])
 
@@ -184,6 +186,26 @@ class TestLoad:
             assert "tensorrt_libs" in sys.modules
         finally:
             sys.modules.pop("tensorrt_libs", None)
+
+    def test_without_tensorrts_libraries_cuda_is_asked_as_ever(
+        self, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """ONNX Runtime's own way back would leave out the options that keep its sums exact."""
+        session, seen = ort.InferenceSession, []
+
+        def without(model: bytes, options: Any, **more: Any) -> ort.InferenceSession:
+            if more["providers"][0][0] == TENSORRT:
+                raise RuntimeError("libnvinfer.so.10: cannot open shared object file")
+            seen.append(more)
+            return session(model, options, providers=[CPU])
+
+        compilation = {"execution_provider": TENSORRT}
+        edit(bundle, lambda document: document.update(compilation=compilation))
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+        monkeypatch.setattr(ort, "InferenceSession", without)
+        assert Engine(bundle).unusable == (TENSORRT, CUDA)
+        assert seen == [{"providers": usable_providers([CUDA, CPU]), "enable_fallback": 0}]
+        assert seen[0]["providers"][0][1]["use_tf32"] == "0"
 
     def test_a_gpu_gets_its_batches_from_several_threads(
         self, bundle: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch

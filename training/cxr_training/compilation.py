@@ -28,7 +28,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from cxr.config import Candidate, Compilation, Guards, ModelConfig, file_sha256, load_config
-from cxr.engine import CPU, CUDA, TENSORRT, Engine, usable_providers
+from cxr.engine import CPU, CUDA, TENSORRT, Engine, new_session, usable_providers
 from cxr.errors import Rejection
 from cxr.mar import CARD_FILE, verify
 from cxr_archive.packager import pack
@@ -311,7 +311,7 @@ def _session(way: _Way) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     providers = usable_providers(way.providers, float16=way.float16)
-    return ort.InferenceSession(str(way.graph), options, providers=providers)
+    return new_session(str(way.graph), options, providers)
 
 
 def _judged(

@@ -250,14 +250,14 @@ class Gpu(ort.InferenceSession):  # type: ignore[misc]
     off = 0.0
     coarse = 0.0
 
-    def __init__(self, model: Any, options: Any, *, providers: Any) -> None:
+    def __init__(self, model: Any, options: Any, *, providers: Any, **more: Any) -> None:
         self.asked.append(providers)
         self._given = [name for name, _ in providers]
         first, settings = providers[0]
         self._more = 0.0
         if first == TENSORRT:
             self._more = self.coarse if settings["trt_fp16_enable"] == "1" else self.off
-        super().__init__(model, options, providers=[CPU])
+        super().__init__(model, options, providers=[CPU], **more)
 
     def get_providers(self) -> list[str]:
         return self._given
