@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from cxr_server import worker
 from cxr_server.settings import Settings, available_cores
 from cxr_server.workers import (
     SLOW,
+    Job,
     at_once,
     ended_while_loading,
     failed_twice,
@@ -41,6 +42,7 @@ from cxr_server.workers import (
     no_worker,
     not_ready,
     parse_answer,
+    taken_back,
     too_late,
     worker_environment,
 )
@@ -77,28 +79,19 @@ class Batching:
     delay: float = 0.0
 
 
-@dataclass(kw_only=True)
-class _Job:
+@dataclass(kw_only=True, eq=False)
+class _Job(Job[Answer]):
     """An image that waits for its answer.
 
     Attributes:
-        options: what is wanted of it.
-        answer: done once nobody waits any more, too.
         failed: it has failed a worker by itself before.
-        alone: it goes into no batch, since one that it was in has failed.
         kills: how many workers were killed that had it.
         after: only a worker with a larger number may have it.
-        skip: tells the worker that has it, behind others, that nobody waits for it any more.
     """
 
-    image: bytes
-    options: Options
-    answer: "asyncio.Future[Answer]"
     failed: bool = False
-    alone: bool = False
     kills: int = 0
     after: int = -1
-    skip: "Callable[[], None] | None" = None
 
 
 class _WorkerError(Exception):
@@ -256,10 +249,10 @@ class InProcess:
         self.folder = Path(tempfile.mkdtemp(prefix="cxr-"))
         self._model_config: dict[str, Any] = {}
         # Ordered by arrival, so that an image whose worker has died is not sent to the end.
-        self._waiting: asyncio.PriorityQueue[tuple[int, _Job]] = asyncio.PriorityQueue()
+        self._waiting: asyncio.PriorityQueue[_Job] = asyncio.PriorityQueue()
         self._arrivals = itertools.count()
         # Images that wait for a worker that is yet to be started.
-        self._confined: list[tuple[int, _Job]] = []
+        self._confined: list[_Job] = []
         self._numbers = itertools.count()
         self._supervisors: list[asyncio.Task[None]] = []
         self.restarts = 0
@@ -324,18 +317,18 @@ class InProcess:
         """
         if not self._ready and self._giving_up is None:
             raise not_ready()
-        answer = asyncio.get_running_loop().create_future()
-        job = _Job(image=image, options=options, answer=answer)
-        self._waiting.put_nowait((next(self._arrivals), job))
+        job = self._job(image, options)
+        self._waiting.put_nowait(job)
         try:
-            return await _within(answer, self._settings.request_timeout)
+            return await _within(job.outcome, self._settings.request_timeout)
         except TimeoutError as error:
             raise too_late(self._settings) from error
         finally:
-            # It may stand in the queue for a while; the image need not.
-            job.image = b""
-            if job.skip is not None:
-                job.skip()
+            job.leave()
+
+    def _job(self, image: bytes, options: Options) -> _Job:
+        outcome = asyncio.get_running_loop().create_future()
+        return _Job(arrival=next(self._arrivals), image=image, options=options, outcome=outcome)
 
     async def _supervise(self, cores: Sequence[int]) -> None:
         """Keep one worker running, until it says that it cannot load the model."""
@@ -408,8 +401,7 @@ class InProcess:
             _WorkerError: it has ended, or not answered in time.
         """
         if (size := process.batching.size) > 1:
-            answer = asyncio.get_running_loop().create_future()
-            job = _Job(image=warm_up_image(), options=Options(), answer=answer)
+            job = self._job(warm_up_image(), Options())
             await process.ask([job] * size, self._settings.startup_timeout)
 
     async def _serve(self, process: _Worker) -> None:
@@ -463,20 +455,20 @@ class InProcess:
                     self._failed(jobs, alone=len(jobs) == 1)
                 raise
             except asyncio.CancelledError:
-                _turn_away(job for _, job in asked)
+                _turn_away(asked)
                 raise
             if failure := head.get("failure"):
                 log.error("the handler failed: %s", failure)
             unanswered = []
-            for item, text in zip(asked, texts, strict=True):
+            for job, text in zip(asked, texts, strict=True):
                 answer = parse_answer(text)
-                if answer is not None and not item[1].answer.done():
-                    item[1].answer.set_result(answer)
-                elif answer is None and item in jobs:
-                    unanswered.append(item)
+                if answer is not None:
+                    job.settle(answer)
+                elif job in jobs:
+                    unanswered.append(job)
             self._failed(unanswered, alone=len(asked) == 1 or process.batching.size == 1)
 
-    async def _ask(self, process: _Worker, jobs: list[tuple[int, _Job]]) -> _Message:
+    async def _ask(self, process: _Worker, jobs: list[_Job]) -> _Message:
         """What a worker says to images.
 
         Args:
@@ -486,53 +478,41 @@ class InProcess:
         Raises:
             _WorkerError: it has ended, or took longer than a request may.
         """
-        wanted = [job for _, job in jobs]
         if not process.several(jobs):
-            return await process.ask(wanted, self._settings.request_timeout)
+            return await process.ask(jobs, self._settings.request_timeout)
         process.shared[:] = bytes(worker.SHARED_BYTES)
-        for place, job in enumerate(wanted, 1):
+        for place, job in enumerate(jobs, 1):
             job.skip = partial(process.shared.__setitem__, place, 1)
         loop = asyncio.get_running_loop()
         slow = loop.call_later(SLOW, self._take_back, process, jobs)
         try:
-            return await process.ask(wanted, self._settings.request_timeout)
+            return await process.ask(jobs, self._settings.request_timeout)
         finally:
             slow.cancel()
-            for _, job in jobs:
+            for job in jobs:
                 job.skip = None
 
-    def _take_back(self, process: _Worker, jobs: list[tuple[int, _Job]]) -> None:
-        """Let all images wait again but the one that a worker is at.
+    def _take_back(self, process: _Worker, jobs: list[_Job]) -> None:
+        """Let all images wait again but the one that a worker is at."""
+        for job in taken_back(jobs, process.shared[0]):
+            self._waiting.put_nowait(job)
 
-        That may take long, or have ended it; its neighbours have nothing to do with it. What is
-        finished is among them, since its answers come with the last one.
-        """
-        at = process.shared[0]
-        for item in [*jobs[:at], *jobs[at + 1 :]]:
-            job = item[1]
-            if job.skip is not None:
-                job.skip()
-                job.skip = None
-            if not job.answer.done():
-                self._waiting.put_nowait(item)
-        jobs[:] = [jobs[at]]
-
-    async def _next(self) -> tuple[int, _Job]:
+    async def _next(self) -> _Job:
         """The next image that somebody still waits for."""
         while True:
-            item = await self._waiting.get()
-            if not item[1].answer.done():
-                return item
+            job = await self._waiting.get()
+            if not job.outcome.done():
+                return job
 
-    def _next_confined(self, process: _Worker) -> tuple[int, _Job] | None:
+    def _next_confined(self, process: _Worker) -> _Job | None:
         """An image that waits for this worker or a later one."""
-        for item in [one for one in self._confined if one[1].after < process.number]:
-            self._confined.remove(item)
-            if not item[1].answer.done():
-                return item
+        for job in [one for one in self._confined if one.after < process.number]:
+            self._confined.remove(job)
+            if not job.outcome.done():
+                return job
         return None
 
-    async def _batch(self, first: tuple[int, _Job], batching: Batching) -> list[tuple[int, _Job]]:
+    async def _batch(self, first: _Job, batching: Batching) -> list[_Job]:
         """That image and, where the worker takes several, those that come soon after it.
 
         Where many wait, one that takes no batches is given some of them all the same: a message for
@@ -542,65 +522,63 @@ class InProcess:
         jobs = [first]
         if batching.size == 1:
             most = at_once(self._waiting.qsize(), self._ready)
-            while len(jobs) < most and self._waiting.qsize() and not first[1].alone:
-                item = self._waiting.get_nowait()
-                if item[1].alone:
-                    self._waiting.put_nowait(item)
+            while len(jobs) < most and self._waiting.qsize() and not first.alone:
+                job = self._waiting.get_nowait()
+                if job.alone:
+                    self._waiting.put_nowait(job)
                     break
-                if not item[1].answer.done():
-                    jobs.append(item)
+                if not job.outcome.done():
+                    jobs.append(job)
             return jobs
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(batching.delay):
-                while len(jobs) < batching.size and not first[1].alone:
-                    item = await self._next()
-                    if item[1].alone:
-                        self._waiting.put_nowait(item)
+                while len(jobs) < batching.size and not first.alone:
+                    job = await self._next()
+                    if job.alone:
+                        self._waiting.put_nowait(job)
                         break
-                    jobs.append(item)
+                    jobs.append(job)
         return jobs
 
-    def _failed(self, jobs: Sequence[tuple[int, _Job]], *, alone: bool) -> None:
+    def _failed(self, jobs: Sequence[_Job], *, alone: bool) -> None:
         """Give images another try by themselves, unless they had it."""
-        for item in jobs:
-            job = item[1]
-            if job.answer.done():
+        for job in jobs:
+            if job.outcome.done():
                 continue
             # An image that kills its worker is not passed on until all are dead.
             if job.failed:
-                job.answer.set_exception(failed_twice())
+                job.fail(failed_twice())
                 continue
             job.failed = alone
             job.alone = True
-            self._waiting.put_nowait(item)
+            self._waiting.put_nowait(job)
 
-    def _struck(self, jobs: Sequence[tuple[int, _Job]]) -> None:
+    def _struck(self, jobs: Sequence[_Job]) -> None:
         """Give images whose worker was killed to another one.
 
         Most often they have nothing to do with it; but the kernel may have killed it for the memory
         that one of them takes.
         """
-        for item in jobs:
-            job = item[1]
-            if job.answer.done():
+        for job in jobs:
+            if job.outcome.done():
                 continue
             job.kills += 1
             job.alone = True
             if job.kills >= _KILLS:
-                job.answer.set_exception(killed_again())
+                job.fail(killed_again())
             elif job.kills == _KILLS - 1:
                 job.after = next(self._numbers)
-                self._confined.append(item)
+                self._confined.append(job)
             else:
-                self._waiting.put_nowait(item)
+                self._waiting.put_nowait(job)
 
     def _give_up(self) -> None:
         """Turn all away that wait: there is nobody to answer them."""
         if self._giving_up is not None:
             self._giving_up.cancel()
             self._giving_up = None
-        _turn_away(self._waiting.get_nowait()[1] for _ in range(self._waiting.qsize()))
-        _turn_away(job for _, job in self._confined)
+        _turn_away(self._waiting.get_nowait() for _ in range(self._waiting.qsize()))
+        _turn_away(self._confined)
         self._confined.clear()
 
     def _batching(self, provider: str) -> Batching:
@@ -646,8 +624,7 @@ def _expire(answer: "asyncio.Future[Any]") -> None:
 
 def _turn_away(jobs: Iterable[_Job]) -> None:
     for job in jobs:
-        if not job.answer.done():
-            job.answer.set_exception(no_worker())
+        job.fail(no_worker())
 
 
 def worker_cores(settings: Settings) -> Iterator[Sequence[int]]:

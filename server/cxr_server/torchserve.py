@@ -21,8 +21,7 @@ import socket
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 from functools import partial
 from http import HTTPStatus
@@ -48,6 +47,7 @@ from cxr_server.settings import Settings
 from cxr_server.worker import MOST, SHARED_BYTES
 from cxr_server.workers import (
     SLOW,
+    Job,
     at_once,
     ended_while_loading,
     failed_twice,
@@ -55,6 +55,7 @@ from cxr_server.workers import (
     not_ready,
     parse_answer,
     parse_answers,
+    taken_back,
     too_late,
     worker_environment,
 )
@@ -122,31 +123,7 @@ class _Unanswered(Enum):
     FAILED = auto()
 
 
-@dataclass(kw_only=True, eq=False)
-class _Job:
-    """An image that waits for its answer.
-
-    Attributes:
-        arrival: its place among those that wait.
-        outcome: the answer, or how there came to be none; done once nobody waits any more, too.
-        alone: it shares no request, since one that it was in has failed.
-        skip: tells the worker that has it, among others, that nobody waits for it any more.
-    """
-
-    arrival: int
-    image: bytes
-    options: Options
-    outcome: "asyncio.Future[Answer | _Unanswered]"
-    alone: bool
-    skip: Callable[[], None] | None = None
-
-    def __lt__(self, other: "_Job") -> bool:
-        return self.arrival < other.arrival
-
-    def settle(self, outcome: "Answer | _Unanswered") -> None:
-        """Tell who waits for it, if somebody does."""
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
+_Job = Job[Answer | _Unanswered]
 
 
 class TorchServe:
@@ -349,16 +326,13 @@ class TorchServe:
     ) -> "Answer | _Unanswered":
         """Wait for a place, and then for TorchServe."""
         outcome: asyncio.Future[Answer | _Unanswered] = asyncio.get_running_loop().create_future()
-        job = _Job(arrival=arrival, image=image, options=options, outcome=outcome, alone=alone)
+        job = Job(arrival=arrival, image=image, options=options, outcome=outcome, alone=alone)
         heapq.heappush(self._waiting, job)
         self._send_waiting()
         try:
             return await outcome
         finally:
-            # It may stand in the queue for a while; the image need not.
-            job.image = b""
-            if job.skip is not None:
-                job.skip()
+            job.leave()
 
     def _send_waiting(self) -> None:
         """Give TorchServe what waits, as far as it has room."""
@@ -451,22 +425,10 @@ class TorchServe:
         self._take_back(place, jobs, alone=False)
 
     def _take_back(self, place: int, jobs: list[_Job], *, alone: bool) -> None:
-        """Let all images wait again but the one that the worker is at, or was when it ended.
-
-        Its neighbours have nothing to do with it. What is finished is among them, since its answers
-        come with the last one.
-        """
-        at = self._board[place] - 1
-        for number, job in enumerate(jobs):
-            if number == at:
-                continue
-            if job.skip is not None:
-                job.skip()
-                job.skip = None
+        """Let all images wait again but the one that the worker is at, or was when it ended."""
+        for job in taken_back(jobs, self._board[place] - 1):
             job.alone = alone
-            if not job.outcome.done():
-                heapq.heappush(self._waiting, job)
-        jobs[:] = [jobs[at]] if at >= 0 else []
+            heapq.heappush(self._waiting, job)
         self._send_waiting()
 
     async def _post(self, data: bytes, headers: Mapping[str, str]) -> bytes:

@@ -1,11 +1,15 @@
 """What both runtimes tell their workers, and what they make of the answers."""
 
+import asyncio
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any, Generic, TypeVar
 
 import orjson
 
-from cxr.answer import Answer, answer_from, answer_from_json
+from cxr.answer import Answer, Options, answer_from
 from cxr.engine import MAX_BYTES_ENV, MAX_PIXELS_ENV, THREADS_ENV
 from cxr_server.errors import RequestError, unavailable
 from cxr_server.settings import Settings
@@ -13,6 +17,73 @@ from cxr_server.worker import MOST
 
 # Seconds after which images that wait behind another one in a worker are taken from it.
 SLOW = 1.0
+
+
+_Outcome = TypeVar("_Outcome")
+
+
+@dataclass(kw_only=True, eq=False)
+class Job(Generic[_Outcome]):
+    """An image that waits for its answer. Jobs are ordered by their arrival.
+
+    Attributes:
+        arrival: its place among those that wait, which it keeps when its worker has died.
+        options: what is wanted of it.
+        outcome: done once nobody waits any more, too.
+        alone: it goes with no other, since one that it was with has failed.
+        skip: tells the worker that has it, with others, that nobody waits for it any more.
+    """
+
+    arrival: int
+    image: bytes
+    options: Options
+    outcome: "asyncio.Future[_Outcome]"
+    alone: bool = False
+    skip: Callable[[], None] | None = None
+
+    def __lt__(self, other: "Job[_Outcome]") -> bool:
+        return self.arrival < other.arrival
+
+    def settle(self, outcome: _Outcome) -> None:
+        """Tell who waits for it, if somebody does."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    def fail(self, error: Exception) -> None:
+        """Tell who waits for it that there will be no answer."""
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+    def leave(self) -> None:
+        """Nobody waits for it any more: it may stand in a queue for a while, its image need not."""
+        self.image = b""
+        if self.skip is not None:
+            self.skip()
+
+
+_AnyJob = TypeVar("_AnyJob", bound=Job[Any])
+
+
+def taken_back(jobs: list[_AnyJob], at: int) -> list[_AnyJob]:
+    """Take images back from a worker, all but the one that it is at.
+
+    That may take long, or have ended it; its neighbours have nothing to do with it. What is
+    finished is among them, since its answers come with the last one.
+
+    Args:
+        jobs: at the end, only those that the worker still has.
+        at: place of the one that it is at; -1 before the first.
+
+    Returns:
+        Those that still have to be answered.
+    """
+    back = [job for place, job in enumerate(jobs) if place != at]
+    jobs[:] = [] if at < 0 else [jobs[at]]
+    for job in back:
+        if job.skip is not None:
+            job.skip()
+            job.skip = None
+    return [job for job in back if not job.outcome.done()]
 
 
 def worker_environment(settings: Settings) -> dict[str, str]:
@@ -37,35 +108,32 @@ def at_once(waiting: int, workers: int) -> int:
 
 def parse_answer(body: bytes) -> Answer | None:
     """The handler's answer; None where something else answered in its place."""
-    try:
-        return answer_from(orjson.loads(body))
-    except ValueError:
-        pass
-    try:
-        # It knows NaN, too.
-        return answer_from_json(body)
-    except ValueError:
-        return None
+    return _answer(_document(body))
 
 
 def parse_answers(body: bytes, number: int) -> list[Answer | None] | None:
     """The handler's answers to a request with several images; None as for one."""
-    try:
-        documents = orjson.loads(body)
-    except ValueError:
-        try:
-            documents = json.loads(body)
-        except ValueError:
-            return None
+    documents = _document(body)
     if not isinstance(documents, list) or len(documents) != number:
         return None
-    answers: list[Answer | None] = []
-    for document in documents:
+    return [_answer(document) for document in documents]
+
+
+def _document(body: bytes) -> Any:
+    """What JSON says; None if it is none."""
+    for loads in (orjson.loads, json.loads):  # the second one knows NaN, too
         try:
-            answers.append(answer_from(document))
+            return loads(body)
         except ValueError:
-            answers.append(None)
-    return answers
+            continue
+    return None
+
+
+def _answer(document: Any) -> Answer | None:
+    try:
+        return answer_from(document)
+    except ValueError:
+        return None
 
 
 def too_late(settings: Settings) -> RequestError:

@@ -11,10 +11,11 @@ import yaml
 from cxr.answer import Options
 from cxr.config import load_config
 from cxr_archive.packager import MODEL_CONFIG
-from cxr_server import inprocess, torchserve
-from cxr_server.inprocess import Batching, InProcess, _Job
+from cxr_server import inprocess
+from cxr_server.inprocess import Batching, InProcess
 from cxr_server.settings import Settings
 from cxr_server.torchserve import TorchServe
+from cxr_server.workers import Job
 from support.archives import Files, edited_archive
 
 
@@ -77,13 +78,13 @@ def test_where_many_wait_a_worker_is_given_several(
         runtime = InProcess(edited_archive(tmp_path, lambda _: None), Settings())
         runtime._ready = workers
         for place in range(waiting + 1):
-            answer = asyncio.get_running_loop().create_future()
-            job = _Job(image=b"", options=Options(), answer=answer, alone=place in alone)
-            runtime._waiting.put_nowait((place, job))
+            job = runtime._job(b"", Options())
+            job.alone = place in alone
+            runtime._waiting.put_nowait(job)
         first = runtime._waiting.get_nowait()
         jobs = await runtime._batch(first, Batching())
         await runtime.stop()
-        return [place for place, _ in jobs]
+        return [job.arrival for job in jobs]
 
     assert asyncio.run(first()) == list(range(given))
 
@@ -121,7 +122,7 @@ def first_of_many(
         runtime._ready, runtime._board_is_read = workers, reads_board
         for arrival in range(waiting + 1):
             runtime._waiting.append(
-                torchserve._Job(
+                Job(
                     arrival=arrival,
                     image=image,
                     options=Options(),
