@@ -67,8 +67,10 @@ def track_run(folder: Path, uri: str | None = None, *, extra: tuple[Path, ...] =
         os.environ.setdefault(name, value)
     # Seconds to import, and only who tracks needs it.
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
-    from mlflow.tracking import MlflowClient  # noqa: PLC0415
+    from mlflow.tracking import MlflowClient, set_tracking_uri  # noqa: PLC0415
 
+    # A registry in a folder asks the default store, too, which would be made in the current folder.
+    set_tracking_uri(store)
     try:
         return _log(MlflowClient(store, store), store, run, folder, extra)
     except MlflowException as error:

@@ -45,7 +45,10 @@ def test_files_are_logged_but_for_those_that_name_patients(tracked: Tracked) -> 
     assert not [path for path in artifacts.rglob("*") if path.suffix in (".parquet", ".csv")]
 
 
-def test_each_run_is_a_new_version_of_the_registered_model(folder: Path, tracked: Tracked) -> None:
+def test_each_run_is_a_new_version_of_the_registered_model(
+    folder: Path, tracked: Tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert (tracked.experiment, tracked.model_version) == ("phantom", "1")
     result = CliRunner().invoke(track, [str(folder), "--json"])
     assert result.exit_code == 0, result.output
@@ -53,6 +56,7 @@ def test_each_run_is_a_new_version_of_the_registered_model(folder: Path, tracked
     assert again["model_version"] == "2"
     assert again["uri"] == tracked.uri == (folder.parent / "mlruns").as_uri()
     assert again["run_id"] != tracked.run_id
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_store_of_unknown_kind_is_one_sentence(folder: Path) -> None:
