@@ -213,8 +213,8 @@ def test_a_gpu_that_cannot_be_used_is_told(tmp_path: Path, runtime: RuntimeName)
         engine = files["cxr/engine.py"].decode()
         used = "used = self._session.get_providers()\n"
         assert engine.count(used) == 1
-        offered = f'{used}        offered = ["CUDAExecutionProvider", *offered]\n'
-        files["cxr/engine.py"] = engine.replace(used, offered).encode()
+        given = f"{used}        given = [(CUDA, {{}}), *given]\n"
+        files["cxr/engine.py"] = engine.replace(used, given).encode()
 
     archive = edited_archive(tmp_path, without_driver)
     with serving(archive, f"--runtime={runtime}", "--workers=1") as server:
