@@ -24,6 +24,11 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
+# Tests of one file share their servers. The servers mostly wait, so that two files do at once.
+TESTS_AT_ONCE ?= 2
+TESTS := $(PYTEST) --numprocesses $(TESTS_AT_ONCE) --dist loadfile
+# Schemathesis gives the tests of all operations one id, and pytest-xdist would run the first only.
+CONTRACT := tests/integration/portal/test_portal_contract.py
 
 .PHONY: help
 help: ## Show this list
@@ -100,16 +105,18 @@ openapi: setup ## Write the document of the portal's API again
 	$(BIN)/cxr portal openapi > portal/web/openapi.json
 
 .PHONY: test
-test: setup ## Run all tests
-	$(PYTEST)
+test: setup ## Run all tests (TESTS_AT_ONCE=2: of how many files at a time)
+	$(TESTS) --ignore $(CONTRACT)
+	$(PYTEST) $(CONTRACT)
 
 .PHONY: test-unit
 test-unit: setup ## Run the unit tests
-	$(PYTEST) tests/unit
+	$(TESTS) tests/unit
 
 .PHONY: test-integration
 test-integration: setup ## Run the tests that start real servers
-	$(PYTEST) tests/integration
+	$(TESTS) tests/integration --ignore $(CONTRACT)
+	$(PYTEST) $(CONTRACT)
 
 .PHONY: test-browser
 test-browser: page ## Use the portal's page in Chromium (CXR_CHROMIUM=PATH: which); screenshots in runs/
