@@ -162,7 +162,11 @@ def flags(values: list[str]) -> list[str]:
 @pytest.fixture(scope="session")
 def installed(cluster: Namespace, flags: list[str], gateway: Gateway, image: bytes) -> Namespace:
     """The service, installed with the example for small machines, once it has answered."""
-    cluster.helm("install", "-f", str(CHART / "values" / "cpu-small.yaml"), *flags)
+    # Prometheus needs a minute or two until it asks a new PodMonitor's pods; KEDA asks it later.
+    watched = "monitoring.podMonitor.enabled=true,monitoring.podMonitor.interval=5s"
+    cluster.helm(
+        "install", "-f", str(CHART / "values" / "cpu-small.yaml"), "--set", watched, *flags
+    )
 
     def answered() -> bool:
         try:

@@ -248,8 +248,6 @@ def test_keda_follows_the_load_and_an_update_keeps_the_replicas(
         # Until the first scrape Prometheus knows nothing, which is no reason to scale here.
         "scaling.keda.fallbackReplicas=1",
         f"scaling.keda.serverAddress={address}",
-        "monitoring.podMonitor.enabled=true",
-        "monitoring.podMonitor.interval=5s",
         update="server.maxBatch=32",
     )
 
@@ -277,6 +275,7 @@ def follow_the_load(
         *settings,
     )
     installed.rolled_out()
+    wait_for(lambda: len(installed.pods()) == 1, "one replica before the load", 240)
     with Load(gateway, image, rest_users=8) as load:
         up = wait_for(lambda: len(installed.ready_pods()) == 2, "second replica under load", 330)
         installed.upgrade(update)
