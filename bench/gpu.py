@@ -22,7 +22,7 @@ import yaml
 from tabulate import tabulate
 
 from bench import Started, check_answers, encoded_images, setting_of, trained_archive
-from cxr.engine import Engine
+from cxr.engine import CUDA, Engine
 from cxr.mar import CHECKSUMS, digests
 from cxr_archive.packager import MODEL_CONFIG
 from load import Load, Request, ask_each, drive
@@ -64,7 +64,7 @@ def cases(workers: list[int]) -> Iterator[Case]:
 def main() -> None:
     """Measure, print, and write into the page."""
     arguments = parse_arguments()
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if CUDA not in ort.get_available_providers():
         raise SystemExit("This needs a GPU and onnxruntime-gpu.")
     parts = []
     for backbone in arguments.backbones:
@@ -89,7 +89,7 @@ def measured(backbone: str, arguments: argparse.Namespace) -> list[dict[str, Any
     weights = () if "lite" in backbone else ("--weights", "none")
     archive = trained_archive(out, arguments.data, "--backbone", backbone, *weights)
     setting = setting_of(archive, out / "run", arguments.out, backbone)
-    assert Engine(setting.model).provider == "CUDAExecutionProvider"  # noqa: S101 - else no result
+    assert Engine(setting.model).provider == CUDA  # noqa: S101 - else no result
     single = replace(setting, archive=without_batches(archive, out / "single.mar"))
     images = encoded_images(out / "run", arguments.images)
     loads: dict[tuple[Case, int], Load] = {}

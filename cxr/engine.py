@@ -44,7 +44,6 @@ CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
 TENSORRT: Final = "TensorrtExecutionProvider"
 
-
 _Provider = tuple[str, dict[str, str]]
 
 

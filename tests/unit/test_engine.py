@@ -21,9 +21,12 @@ import cxr.engine
 from cxr.answer import Prediction, Stage, decide
 from cxr.config import file_sha256
 from cxr.decode import DecodeLimits
-from cxr.engine import CONFIG_FILE, CPU, CUDA, TENSORRT, Engine, usable_providers
+from cxr.engine import CONFIG_FILE, Engine, usable_providers
 from cxr.errors import BadImageError, ModelLoadError, Rejection
 from support.bundles import LABELS, encoded_image, graph_bytes, make_bundle
+
+# ONNX Runtime's names, and not those that the engine has for them.
+CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 
 
 @pytest.fixture(scope="module")
