@@ -7,6 +7,8 @@ import hashlib
 import hmac
 import json
 import secrets
+import sqlite3
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ from cxr_portal.settings import Scope
 KEY_PREFIX = "cxr_"
 _ID_BYTES = 6
 _SECRET_BYTES = 32
+# Seconds to wait for whoever writes to a SQLite database.
+_SQLITE_WAIT_S = 10
 # Any number that nobody else locks in the same database.
 _SETUP_LOCK = 0x637872
 # Seconds that a claim of an image lasts unless it is renewed.
@@ -635,14 +639,27 @@ def _prepare_sqlite(connection: Any, record: object) -> None:  # noqa: ARG001
     """Set what SQLite sets per connection: readers beside a writer, no trace of what is gone."""
     # Transactions begin as `_begin_sqlite` says, not when Python thinks so.
     connection.isolation_level = None
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=NORMAL",
-        "foreign_keys=ON",
-        "secure_delete=ON",
-        "busy_timeout=10000",
-    ):
+    connection.execute(f"PRAGMA busy_timeout={1000 * _SQLITE_WAIT_S}")
+    _write_ahead(connection)
+    for pragma in ("synchronous=NORMAL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Let readers read beside a writer, and wait for whoever has the database.
+
+    SQLite itself does not wait here: the first change turns a reader into a writer.
+    """
+    end = time.monotonic() + _SQLITE_WAIT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

@@ -1,7 +1,9 @@
 """A database outlives releases: it is brought to the tables of each, with what is in it."""
 
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -154,6 +156,21 @@ def test_the_next_release_keeps_jobs_and_this_one_then_refuses(
     refused = portal_command("run", f"--database={old}", "--port=0", "--metrics-port=0")
     assert refused.returncode == 1
     assert "A later release has used the database" in refused.stderr
+
+
+def test_who_opens_a_new_sqlite_database_waits_for_its_writer(tmp_path: Path) -> None:
+    """Two processes make it at once, say the gateway and `cxr portal keys`."""
+    path = tmp_path / "portal.db"
+    with ThreadPoolExecutor(1) as beside, closing(sqlite3.connect(path)) as other:
+        other.isolation_level = None
+        other.execute("BEGIN IMMEDIATE")
+        opening = beside.submit(open_store, f"sqlite:///{path}")
+        with pytest.raises(TimeoutError):
+            opening.result(timeout=0.5)
+        other.execute("COMMIT")
+        store = opening.result(timeout=10)
+    assert store.open_images() == 0
+    store.close()
 
 
 def test_a_step_that_fails_leaves_everything_as_it_was(
