@@ -36,6 +36,9 @@ THREADS_ENV = "CXR_WORKER_THREADS"
 MAX_BYTES_ENV = "CXR_MAX_IMAGE_BYTES"
 MAX_PIXELS_ENV = "CXR_MAX_IMAGE_PIXELS"
 LOAD_ERROR_FILE_ENV = "CXR_LOAD_ERROR_FILE"
+# What a handler's lines for the serving process's log begin with. Nothing of an image is in them,
+# which nobody knows of what else a worker prints.
+WORKER_LOG = "cxr-worker: "
 
 _SUM_TOLERANCE = 1e-3
 

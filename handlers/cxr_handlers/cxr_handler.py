@@ -9,6 +9,7 @@ images, several in one request, in memory that it shares: see :class:`cxr.answer
 import logging
 import mmap
 import os
+import signal
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from cxr.engine import (
     MAX_BYTES_ENV,
     MAX_PIXELS_ENV,
     THREADS_ENV,
+    WORKER_LOG,
     Engine,
 )
 from cxr.errors import BadImageError
@@ -82,7 +84,11 @@ class CxrHandler:
             if on_board := _header(headers[0], BOARD_HEADER):
                 return [self._answer_board(OnBoard.from_json(on_board), self._board)]
         options = [_options(one) for one in headers]
-        answers = self.engine.predict([_body(row) for row in rows], options)
+        try:
+            answers = self.engine.predict([_body(row) for row in rows], options)
+        except Exception as error:
+            self._failed(error)
+            raise
         texts = []
         for index, answer in enumerate(answers):
             if isinstance(answer, BadImageError):
@@ -104,12 +110,25 @@ class CxrHandler:
             try:
                 texts.append(answer_to_json(self.engine.predict([image], [options])[0]))
             except Exception as error:
-                # Neither its message nor lines of code: they might quote the image.
-                frames = traceback.extract_tb(error.__traceback__)
-                where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-                log.error("the handler failed: %s at %s", type(error).__name__, where)
+                self._failed(error)
                 texts.append("null")
         return f"[{','.join(texts)}]"
+
+    def _failed(self, error: Exception) -> None:
+        """Tell where, and end this worker if it cannot answer its warm-up image any more.
+
+        As where its GPU is lost: another worker is started then. It ends like one that was killed,
+        which is not held against its images.
+        """
+        # Neither the error's message nor lines of code: they might quote the image.
+        frames = traceback.extract_tb(error.__traceback__)
+        where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+        log.error("%sthe handler failed: %s at %s", WORKER_LOG, type(error).__name__, where)
+        try:
+            self.engine.warm_up()
+        except Exception:
+            log.critical("%sthe warm-up image fails, too; the worker ends", WORKER_LOG)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:

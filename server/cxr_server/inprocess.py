@@ -39,6 +39,7 @@ from cxr_server.workers import (
     ended_while_loading,
     failed_twice,
     killed_again,
+    log_worker,
     no_worker,
     not_ready,
     parse_answer,
@@ -445,7 +446,7 @@ class InProcess:
             jobs = await self._batch(first, process.batching)
             asked = list(jobs)
             try:
-                head, texts = await self._ask(process, jobs)
+                _, texts = await self._ask(process, jobs)
             except _WorkerError as error:
                 if process.several(jobs):
                     self._take_back(process, jobs)
@@ -457,8 +458,6 @@ class InProcess:
             except asyncio.CancelledError:
                 _turn_away(asked)
                 raise
-            if failure := head.get("failure"):
-                log.error("the handler failed: %s", failure)
             unanswered = []
             for job, text in zip(asked, texts, strict=True):
                 answer = parse_answer(text)
@@ -600,8 +599,7 @@ class InProcess:
                 return
             line = data.decode(errors="replace").rstrip("\r\n")
             self._output.append(line)
-            if self._settings.verbose:
-                log.info("worker: %s", line)
+            log_worker(line, log, verbose=self._settings.verbose)
 
 
 async def _within(answer: "asyncio.Future[_Result]", seconds: float) -> _Result:

@@ -51,6 +51,7 @@ from cxr_server.workers import (
     at_once,
     ended_while_loading,
     failed_twice,
+    log_worker,
     no_worker,
     not_ready,
     parse_answer,
@@ -528,8 +529,10 @@ class TorchServe:
                 return
             line = data.decode(errors="replace").rstrip("\r\n")
             self._failed_loads += _FAILED_LOAD in line
-            if _WORKER_OUTPUT in line and not self._settings.verbose:
-                self._worker_output.append(line.partition(_WORKER_OUTPUT)[2])
+            _, of_worker, said = line.partition(_WORKER_OUTPUT)
+            if of_worker:
+                self._worker_output.append(said)
+                log_worker(said, log, verbose=self._settings.verbose)
             else:
                 log.info("torchserve: %s", line)
 

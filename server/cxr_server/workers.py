@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -10,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import orjson
 
 from cxr.answer import Answer, Options, answer_from
-from cxr.engine import MAX_BYTES_ENV, MAX_PIXELS_ENV, THREADS_ENV
+from cxr.engine import MAX_BYTES_ENV, MAX_PIXELS_ENV, THREADS_ENV, WORKER_LOG
 from cxr_server.errors import RequestError, unavailable
 from cxr_server.settings import Settings
 from cxr_server.worker import MOST
@@ -84,6 +85,14 @@ def taken_back(jobs: list[_AnyJob], at: int) -> list[_AnyJob]:
             job.skip()
             job.skip = None
     return [job for job in back if not job.outcome.done()]
+
+
+def log_worker(line: str, log: logging.Logger, *, verbose: bool) -> None:
+    """Log a line that a worker has written, if it is meant for this log or all are wanted."""
+    if line.startswith(WORKER_LOG):
+        log.error("worker: %s", line.removeprefix(WORKER_LOG))
+    elif verbose:
+        log.info("worker: %s", line)
 
 
 def worker_environment(settings: Settings) -> dict[str, str]:

@@ -437,6 +437,41 @@ class TestWorkerKilledWithAnImage:
         assert answer.status_code == 200
 
 
+@either_runtime
+def test_a_worker_whose_model_fails_for_good_is_replaced(
+    tmp_path: Path, runtime: RuntimeName
+) -> None:
+    """As on a GPU that is lost: any image would get 500 from it for ever."""
+
+    def with_a_loss(files: Files) -> None:
+        mark = tmp_path / "lost"
+        code = f"""from pathlib import Path
+if b"lose" in bodies[0] and not Path({str(mark)!r}).exists():
+    Path({str(mark)!r}).touch()
+    self.engine._session = None"""
+        before_each_batch(files, code)
+
+    with serving(
+        edited_archive(tmp_path, with_a_loss), f"--runtime={runtime}", "--workers=2"
+    ) as running:
+        # What follows the end of a PNG file changes nothing.
+        images = [IMAGE + b"lose", *[IMAGE] * 20]
+        codes = [
+            httpx.post(running.rest + V1, content=image, headers=PNG, timeout=60).status_code
+            for image in images
+        ]
+        assert codes == [200] * 21
+        running.wait_for(
+            "a new worker",
+            lambda: (
+                {"cxr_worker_restarts_total 1.0", "cxr_workers_ready 2.0"}
+                <= set(httpx.get(running.metrics).text.splitlines())
+            ),
+            60,
+        )
+        assert "worker: the handler failed: AttributeError at cxr_handler.py:" in running.log
+
+
 class TestTorchServeLost:
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
     def test_ends_with_the_reason(self, archive: Path, number: signal.Signals) -> None:
