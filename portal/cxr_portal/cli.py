@@ -243,6 +243,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         # Else another page could reach this one by a name of its own for this address.
         options["allowed_hosts"] = ("localhost", options["host"])
     _check_oidc(options)
+    options["rate_storage"] = options["rate_storage"].strip()
     _check_rate_storage(options["rate_storage"])
     if options["tracing"] and not os.environ.get(_OTLP_ENDPOINT):
         raise click.UsageError(

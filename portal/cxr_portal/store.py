@@ -18,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import StaticPool
 
@@ -194,7 +194,8 @@ class Store:
             sqlalchemy.exc.SQLAlchemyError: it cannot be reached.
             migrations.LaterSchemaError: it belongs to a later release.
         """
-        parsed = make_url(url)
+        # From a file, as a Secret is, it may end with a line's end.
+        parsed = make_url(url.strip())
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         self._sqlite = parsed.get_backend_name() == "sqlite"
@@ -632,7 +633,17 @@ def open_store(url: str) -> Store:
             "A later release has used the database; use that one, or restore a backup."
         ) from None
     except SQLAlchemyError as error:
-        raise DatabaseError(f"The database cannot be used: {type(error).__name__}.") from None
+        raise DatabaseError(f"The database cannot be used: {_reason(error, url)}.") from None
+
+
+def _reason(error: SQLAlchemyError, url: str) -> str:
+    """Why a database cannot be used, without anything that is in it or a password."""
+    # Of a statement's error, the driver's text may have values of rows.
+    if not isinstance(error, DBAPIError) or error.statement is not None or error.orig is None:
+        return type(error).__name__
+    reason = " ".join(str(error.orig).split()).removesuffix(".")
+    password = make_url(url.strip()).password
+    return reason.replace(str(password), "***") if password else reason
 
 
 def _prepare_sqlite(connection: Any, record: object) -> None:  # noqa: ARG001

@@ -374,12 +374,32 @@ def test_two_replicas_on_postgresql_share_a_job_and_one_is_killed(
     report("portal", f"one of two replicas killed with {left} of {count} images left: none lost")
 
 
-def test_uninstall_leaves_nothing(portal: Portal) -> None:
+def test_keys_on_sqlite_outlive_another_database_and_a_release_without_the_portal(
+    portal: Portal,
+) -> None:
+    """As a rollback leads to: the volume is found again, with what is on it."""
+    portal.cluster.upgrade("portal.database.secret=", "portal.replicas=1")
+    portal.rolled_out()
+    portal.make_key()
+    portal.cluster.upgrade("portal.enabled=false")
+    wait_for(lambda: not portal.pods(), "the portal's end")
+    portal.cluster.upgrade("portal.enabled=true")
+    portal.rolled_out()
+    with portal.http() as http:
+        wait_for(lambda: http.get("/v1/models").status_code == 200, "the key of before", 60)
+    keys = json.loads(portal.execute("cxr", "portal", "keys", "list", "--json"))
+    # That of the first installation, before the one on PostgreSQL, is among them.
+    assert [key["name"] for key in keys].count("e2e") == 2
+
+
+def test_uninstall_leaves_nothing_but_keys_and_jobs(portal: Portal) -> None:
     portal.cluster.helm("uninstall", "--wait")
     selector = f"app.kubernetes.io/instance={RELEASE}"
 
-    def leftovers() -> str:
-        return portal.cluster.kubectl("get", KINDS, "-l", selector, "-o", "name")
+    def leftovers() -> list[str]:
+        return portal.cluster.kubectl("get", KINDS, "-l", selector, "-o", "name").split()
 
-    wait_for(lambda: not leftovers().strip(), "empty namespace")
-    report("portal", "uninstalled, nothing left")
+    claim = f"persistentvolumeclaim/{portal.name}"
+    wait_for(lambda: leftovers() == [claim], "empty namespace")
+    portal.cluster.kubectl("delete", claim)
+    report("portal", "uninstalled, nothing left but keys and jobs")

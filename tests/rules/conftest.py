@@ -36,7 +36,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "maxReplicas": 3,
             "keda": {"serverAddress": "http://prometheus:9090"},
         },
-        "portal": {"enabled": True, "host": "portal.cxr.example.org"},
+        "portal": {"enabled": True, "host": "viewer.example.org"},
         "routing": {"type": "gateway", "host": "cxr.example.org"}
         | {"gateway": {"parentRefs": [{"name": "public"}]}},
     }

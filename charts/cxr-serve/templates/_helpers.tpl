@@ -126,13 +126,23 @@ seccompProfile: {type: RuntimeDefault}
     - {port: 53, protocol: TCP}
 {{- end }}
 
-{{/* A way out to URLs: dict "urls" LIST "peers" LIST (without any: every address). */}}
+{{/* All host names of the routes, as JSON. Each Ingress lists them: where they share a Secret, cert-manager asks for
+     one certificate, with the names of whichever Ingress comes first. */}}
+{{- define "cxr.hosts" -}}
+{{- $portal := ternary .Values.portal.host "" .Values.portal.enabled -}}
+{{- compact (list .Values.routing.host .Values.routing.grpcHost $portal) | toJson -}}
+{{- end }}
+
+{{/* A way out to URLs: dict "urls" LIST "ports" LIST (without any: the URLs' own) "peers" LIST (without any: every
+     address). */}}
 {{- define "cxr.egressTo" -}}
-{{- $ports := list -}}
+{{- $ports := .ports -}}
+{{- if not $ports -}}
 {{- range .urls -}}
 {{- $url := urlParse . -}}
 {{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) -}}
 {{- $ports = append $ports ($port | default (ternary "443" "80" (eq $url.scheme "https"))) -}}
+{{- end -}}
 {{- end -}}
 - ports:
     {{- range uniq $ports }}

@@ -92,6 +92,9 @@ serving.kserve.io/enable-tag-routing: Standard mode ignores it. Set canary.heade
 {{- if and (eq $v.routing.type "ingress") $v.networkPolicy.enabled (not $v.networkPolicy.gatewayPeers) -}}
 {{- fail "\nnetworkPolicy.gatewayPeers: say where the ingress controller runs, for instance [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ingress-nginx}}}]" -}}
 {{- end -}}
+{{- if and (has (toString $v.rollout.maxSurge) (list "0" "0%")) (has (toString $v.rollout.maxUnavailable) (list "0" "0%")) -}}
+{{- fail "\nrollout: with maxSurge and maxUnavailable both 0, no pod could ever be replaced. Where nodes have no room for another pod, set rollout.maxUnavailable: 1." -}}
+{{- end -}}
 {{- if $v.canary.enabled -}}
 {{- if ne $v.routing.type "gateway" -}}
 {{- fail "\ncanary.enabled: splitting requests by weight needs the Gateway API. Set routing.type: gateway." -}}
@@ -144,6 +147,10 @@ serving.kserve.io/enable-tag-routing: Standard mode ignores it. Set canary.heade
 {{- $needed := dict "serving.kserve.io/v1beta1/InferenceService" "KServe, which this chart deploys on" "serving.kserve.io/v1alpha1/ServingRuntime" "KServe's serving runtimes" -}}
 {{- if eq $v.scaling.type "keda" -}}
 {{- $_ := set $needed "keda.sh/v1alpha1/ScaledObject" "KEDA; or set scaling.type: hpa" -}}
+{{- $hpa := include "cxr.fullname" $ -}}
+{{- if lookup "autoscaling/v2" "HorizontalPodAutoscaler" $.Release.Namespace $hpa -}}
+{{- fail (printf "\nscaling.type: KEDA refuses what another autoscaler scales, and Helm would delete that one too late. Run `kubectl -n %s delete hpa %s` first; the replicas stay." $.Release.Namespace $hpa) -}}
+{{- end -}}
 {{- end -}}
 {{- if eq $v.routing.type "gateway" -}}
 {{- $_ := set $needed "gateway.networking.k8s.io/v1/HTTPRoute" "the Gateway API; or set routing.type: ingress" -}}

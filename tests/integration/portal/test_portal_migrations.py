@@ -17,7 +17,7 @@ from cxr_portal.store import DatabaseError, Store, open_store
 from integration.portal.test_portal_api import GOOD
 from integration.portal.test_portal_jobs import result, wait
 from support.portals import portal, portal_command
-from support.servers import Server
+from support.servers import Server, free_port
 
 OLD = Path(__file__).with_name("schema_0001.sql")
 # A step that makes a table anew, to which rows of others refer.
@@ -171,6 +171,23 @@ def test_who_opens_a_new_sqlite_database_waits_for_its_writer(tmp_path: Path) ->
         store = opening.result(timeout=10)
     assert store.open_images() == 0
     store.close()
+
+
+@pytest.mark.parametrize("command", ["run", "migrate"])
+def test_what_the_driver_says_is_told_without_the_password(command: str) -> None:
+    nowhere = f"postgresql://portal:s3cret@127.0.0.1:{free_port()}/portal"
+    done = portal_command(command, f"--database={nowhere}")
+    assert done.returncode == 1
+    assert "The database cannot be used: connection failed: " in done.stderr
+    assert "Connection refused" in done.stderr
+    assert "s3cret" not in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_url_may_end_its_line(database: str) -> None:
+    """As in a Secret that was made from a file."""
+    open_store(f"{database}\n").close()
+    assert revision(database) == head()
 
 
 def test_a_step_that_fails_leaves_everything_as_it_was(

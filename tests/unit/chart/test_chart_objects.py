@@ -319,7 +319,9 @@ def test_ingress_instead_of_the_gateway_api(chart: Chart) -> None:
         assert rule["host"] == host
         (path,) = rule["http"]["paths"]
         assert path["backend"]["service"] == {"name": f"{NAME}-predictor", "port": {"number": port}}
-        assert ingress["spec"]["tls"] == [{"hosts": [host], "secretName": "cxr-tls"}]
+        # cert-manager asks for one certificate, with the names of whichever comes first.
+        hosts = ["cxr.example.org", "grpc.cxr.example.org"]
+        assert ingress["spec"]["tls"] == [{"hosts": hosts, "secretName": "cxr-tls"}]
     backend = "nginx.ingress.kubernetes.io/backend-protocol"
     assert grpc["metadata"]["annotations"][backend] == "GRPC"
     assert backend not in rest["metadata"]["annotations"]
@@ -424,6 +426,10 @@ def test_traces_are_let_out_to_the_collector(
     named = ("--set-json", f"networkPolicy.tracingPeers=[{json.dumps(peer)}]")
     *_, way_out = chart.objects(*given, *named)["NetworkPolicy", NAME]["spec"]["egress"]
     assert way_out == {"ports": [{"port": port, "protocol": "TCP"}], "to": [peer]}
+    # The pods' own, where a Service has another one.
+    named = ("--set", "networkPolicy.tracingPorts={14318}")
+    *_, way_out = chart.objects(*given, *named)["NetworkPolicy", NAME]["spec"]["egress"]
+    assert way_out == {"ports": [{"port": 14318, "protocol": "TCP"}]}
 
 
 def test_without_tracing_nothing_of_it_is_set(chart: Chart) -> None:

@@ -217,11 +217,13 @@ def test_sqlite_is_on_a_volume_that_one_process_has(chart: Chart) -> None:
     assert volumes["database"]["persistentVolumeClaim"] == {"claimName": NAME}
     assert volumes["tmp"]["emptyDir"] == {"sizeLimit": "2Gi"}
     assert pod(objects)["securityContext"]["fsGroup"] == 65532
-    claim = objects["PersistentVolumeClaim", NAME]["spec"]
-    assert claim == {
+    claim = objects["PersistentVolumeClaim", NAME]
+    assert claim["spec"] == {
         "accessModes": ["ReadWriteOnce"],
         "resources": {"requests": {"storage": "5Gi"}},
     }
+    # A rollback to a release without the portal keeps its keys.
+    assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
 
 
 def test_a_claim_of_ones_own(chart: Chart) -> None:
@@ -240,6 +242,24 @@ def test_a_claim_of_ones_own(chart: Chart) -> None:
     assert named["resources"] == {"requests": {"storage": "9Gi"}}
 
 
+def test_an_authority_for_the_databases_certificate(chart: Chart) -> None:
+    objects = chart.objects(*EXAMPLE, "--set", "portal.database.caSecret=authority")
+    (mount,) = (
+        mount
+        for mount in container(objects)["volumeMounts"]
+        if environment(objects)["PGSSLROOTCERT"] == f"{mount['mountPath']}/ca.crt"
+    )
+    assert mount["readOnly"]
+    volumes = {volume["name"]: volume for volume in pod(objects)["volumes"]}
+    assert volumes[mount["name"]]["secret"] == {
+        "secretName": "authority",
+        "items": [{"key": "ca.crt", "path": "ca.crt"}],
+    }
+    assert "PGSSLROOTCERT" not in environment(
+        chart.objects(*ON, "--set", "portal.database.caSecret=authority")
+    )
+
+
 def test_on_postgresql_there_are_many(chart: Chart) -> None:
     objects = chart.objects(*EXAMPLE)
     deployment = objects["Deployment", NAME]["spec"]
@@ -248,6 +268,7 @@ def test_on_postgresql_there_are_many(chart: Chart) -> None:
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
     assert "PersistentVolumeClaim" not in {kind for kind, _ in objects}
     assert "fsGroup" not in pod(objects)["securityContext"]
+    assert "PGSSLROOTCERT" not in environment(objects)
     spec = objects["HorizontalPodAutoscaler", NAME]["spec"]
     assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": NAME}
     assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 6)
@@ -330,7 +351,9 @@ def test_ingress_instead_of_the_gateway_api(chart: Chart) -> None:
     (path,) = rule["http"]["paths"]
     assert path["backend"]["service"] == {"name": NAME, "port": {"name": "http"}}
     assert ingress["spec"]["ingressClassName"] == "nginx"
-    assert ingress["spec"]["tls"] == [{"hosts": ["portal.example.org"], "secretName": "tls"}]
+    hosts = ["rest.example.org", "grpc.example.org", "portal.example.org"]
+    tls = [{"hosts": hosts, "secretName": "tls"}]
+    assert ingress["spec"]["tls"] == objects["Ingress", SERVICE]["spec"]["tls"] == tls
     assert ingress["metadata"]["annotations"] == {"a": "d"}
     assert objects["Ingress", SERVICE]["metadata"]["annotations"] == {"a": "b"}
     assert "HTTPRoute" not in {kind for kind, _ in objects}
@@ -373,9 +396,13 @@ def test_what_it_needs_is_let_out(chart: Chart, values: Values) -> None:
     assert database["to"] == [{"ipBlock": {"cidr": "203.0.113.8/32"}}]
     assert limits["ports"] == [{"port": 6380, "protocol": "TCP"}]
     assert limits["to"] == [{"ipBlock": {"cidr": "203.0.113.10/32"}}]
-    assert [port["port"] for port in issuer["ports"]] == [443, 8443]
+    assert [port["port"] for port in issuer["ports"]] == [8443]
     assert issuer["to"] == [{"ipBlock": {"cidr": "203.0.113.9/32"}}]
     assert traces["to"] == [{"ipBlock": {"cidr": "203.0.113.7/32"}}]
+    # Without ports, those of the issuer's URL and of its keys'.
+    urls = chart.objects(*LINT, "--set-json", "networkPolicy.oidcPorts=[]")
+    *_, issuer, _ = urls["NetworkPolicy", "chest-service-portal"]["spec"]["egress"]
+    assert [port["port"] for port in issuer["ports"]] == [443, 8443]
     given = values({"portal": {"database": {"secret": "s"}}})
     (*_, database) = chart.objects(*ON, *given)["NetworkPolicy", NAME]["spec"]["egress"]
     assert database == {"ports": [{"port": 5432, "protocol": "TCP"}]}
@@ -423,7 +450,7 @@ def test_long_names_stay_within_kubernetes_limits(chart: Chart) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (ON, ["port-forward svc/", f"claim {NAME}, which is deleted with the release"]),
+        (ON, ["port-forward svc/", f"claim {NAME}, which stays when the release goes"]),
         (ROUTED, ["The portal is at p.example.org"]),
     ],
 )

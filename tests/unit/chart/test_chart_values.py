@@ -189,6 +189,8 @@ def test_annotations_that_would_be_ignored_are_refused(
         ("model.credentialsSecret=s,serviceAccount.create=false", "model.credentialsSecret"),
         ("model.signature.policy=enforce", "model.signature.publicKey"),
         ("tracing.enabled=true", "tracing.endpoint"),
+        ("rollout.maxSurge=0", "rollout.maxUnavailable: 1"),
+        ("rollout.maxSurge=0%,rollout.maxUnavailable=0%", "rollout.maxUnavailable: 1"),
     ],
 )
 def test_what_cannot_work_is_refused_with_advice(chart: Chart, settings: str, advice: str) -> None:

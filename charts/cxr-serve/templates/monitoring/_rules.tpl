@@ -13,7 +13,7 @@ portal: namespace="{{ .Release.Namespace }}", service="{{ include "cxr.portal.na
 stable: namespace="{{ .Release.Namespace }}", service="{{ $name }}"
 methods: predict|infer|explain
 failures: 5..|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|INTERNAL|UNKNOWN
-hosts: {{ compact (list .Values.routing.host .Values.routing.grpcHost) | join "|" | replace "." "[.]" | quote }}
+hosts: {{ include "cxr.hosts" . | fromJsonArray | join "|" | replace "." "[.]" | quote }}
 mayBeAbsent: {{ and (eq .Values.scaling.type "keda") .Values.scaling.keda.scaleToZero }}
 windows: {{ uniq $windows | toJson }}
 {{- end }}

@@ -36,6 +36,7 @@ app.kubernetes.io/component: portal
 {{- end }}
 
 {{- define "cxr.portal.databaseFolder" -}}/var/lib/cxr-portal{{- end }}
+{{- define "cxr.portal.databaseCaFolder" -}}/etc/cxr/database{{- end }}
 
 {{/* Names under which it may be called: from outside, in the cluster, and by a port-forward or a probe. */}}
 {{- define "cxr.portal.allowedHosts" -}}
@@ -50,6 +51,10 @@ app.kubernetes.io/component: portal
 {{- if .secret -}}
 - name: CXR_PORTAL_DATABASE
   valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .secretKey }}}}
+{{- if .caSecret }}
+# libpq's, for what the URL leaves open.
+- {name: PGSSLROOTCERT, value: {{ include "cxr.portal.databaseCaFolder" $ }}/ca.crt}
+{{- end }}
 {{- else -}}
 - {name: CXR_PORTAL_DATABASE, value: "sqlite:///{{ include "cxr.portal.databaseFolder" $ }}/portal.db"}
 {{- end }}
