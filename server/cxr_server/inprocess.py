@@ -379,19 +379,20 @@ class InProcess:
         """Whether the worker has loaded the model."""
         try:
             hello, _ = await process.receive(self._settings.startup_timeout)
-            self._load_error = hello.get("error")
+            if error := hello.get("error"):
+                self._load_error = error
+                return False
             provider = hello.get("provider", "")
             if unusable := hello.get("unusable"):
                 names = " and ".join(unusable)
                 log.warning("%s cannot be used here; the model runs on %s", names, provider)
             process.batching = self._batching(provider)
-            if self._load_error is None:
-                await self._warm_up(process)
+            await self._warm_up(process)
         except _WorkerError:
             self._failed_loads += 1
             self.restarts += 1
             return False
-        return self._load_error is None
+        return True
 
     async def _warm_up(self, process: _Worker) -> None:
         """Have the worker answer a batch of the largest size.

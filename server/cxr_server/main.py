@@ -205,6 +205,7 @@ def _start_rest(
     config = uvicorn.Config(
         create_app(service),
         http=HttpProtocol,
+        ws="none",
         # Nothing here asks where a request came from.
         proxy_headers=False,
         log_config=None,

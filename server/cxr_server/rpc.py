@@ -238,6 +238,9 @@ async def start_grpc(service: Service) -> tuple[Any, int]:
             ("grpc.max_receive_message_length", settings.max_request_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_connection_age_ms", round(1000 * settings.connection_age)),
+            # A call may take as long as a request over REST: to arrive, and to be answered. One
+            # that never arrives ends with its connection.
+            ("grpc.max_connection_age_grace_ms", round(2000 * settings.request_timeout)),
             # Two services must not answer on one port by turns.
             ("grpc.so_reuseport", 0),
         ]

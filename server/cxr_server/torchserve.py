@@ -78,6 +78,7 @@ _PLACE = 2**20
 # TorchServe knows no request without one.
 _NO_BODY = b"-"
 _EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_UNPRIVILEGED_PORT = 1024
 # Room for HTTP headers and multipart framing around the largest image.
 _FRAMING_BYTES = 65_536
 # Explanations: at most 256 x 256 pixels of colour and the map, in Base64, of each image.
@@ -443,7 +444,8 @@ class TorchServe:
                 headers=self._authorization("inference")
                 | {"Content-Type": "application/octet-stream", **headers},
             ) as response:
-                self._board_is_read = BOARD_HEADER in response.headers
+                # Not every answer is a worker's: one that says nothing of it proves nothing.
+                self._board_is_read |= BOARD_HEADER in response.headers
                 return await response.read()
         # Its session is closed at the end.
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
@@ -543,13 +545,16 @@ class TorchServe:
 
 
 def _free_port() -> int:
-    """One that nobody else is given meanwhile who lets the kernel choose."""
-    lowest = int(_EPHEMERAL_PORTS.read_text(encoding="ascii").split()[0])
-    while True:
-        port = random.randrange(lowest // 2, lowest)  # noqa: S311 - no secret
+    """One that nobody else is given meanwhile who lets the kernel choose, if there are such."""
+    end = int(_EPHEMERAL_PORTS.read_text(encoding="ascii").split()[0])
+    ports = range(max(_FIRST_UNPRIVILEGED_PORT, end // 2), end)
+    for port in random.sample(ports, min(100, len(ports))):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _unanswered(body: bytes) -> _Unanswered:

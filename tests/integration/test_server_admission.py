@@ -143,3 +143,36 @@ def test_a_request_that_does_not_arrive(watched: Watched) -> None:
     assert REQUEST_TIMEOUT <= time.monotonic() - start < 2 * REQUEST_TIMEOUT
     assert answer.startswith("HTTP/1.1 408 ")
     assert f"The request did not arrive within {REQUEST_TIMEOUT} s." in answer
+
+
+def test_a_call_that_does_not_arrive(archive: Path) -> None:
+    """Of one that has stalled gRPC itself would hold what has come, for ever."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        head = len(payload).to_bytes(3, "big") + bytes([kind, flags])
+        return head + stream.to_bytes(4, "big") + payload
+
+    def literal(name: str, value: str) -> bytes:
+        return b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in (name, value))
+
+    headers = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": "/inference.GRPCInferenceService/ModelInfer",
+        ":authority": "x",
+        "content-type": "application/grpc",
+        "te": "trailers",
+    }
+    head = b"".join(literal(*pair) for pair in headers.items())
+    message = bytes(1) + (5000).to_bytes(4, "big") + bytes(1000)
+    options = ("--runtime=inprocess", "--workers=1", "--connection-age=1", "--request-timeout=1")
+    with serving(archive, *options) as server:
+        host, _, port = server.grpc.rpartition(":")
+        start = time.monotonic()
+        with socket.create_connection((host, int(port)), timeout=30) as raw:
+            raw.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+            raw.sendall(frame(1, 4, 1, head) + frame(0, 0, 1, message))
+            received = b"".join(iter(lambda: raw.recv(65536), b""))
+        # It has said that it takes no more calls on this connection (GOAWAY) before.
+        assert frame(7, 0, 0, b"")[3:9] in received
+        assert 2 < time.monotonic() - start < 15
