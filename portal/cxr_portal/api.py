@@ -19,6 +19,7 @@ from cxr_portal.gateway import Gateway, audit, in_database, model_problem, unles
 from cxr_portal.model import Caller, ModelError
 from cxr_portal.problems import MEDIA_TYPE, ProblemError
 from cxr_portal.settings import Scope
+from cxr_portal.store import TooManyJobsError
 from cxr_portal.uploads import FIELD, uploaded
 
 router = APIRouter()
@@ -82,7 +83,9 @@ Explain = Annotated[
         examples=["true"],
     ),
 ]
-JobId = Annotated[str, Path(max_length=64, description="The job's `id`.")]
+JobId = Annotated[
+    str, Path(max_length=64, pattern="^[-0-9A-Za-z]+$", description="The job's `id`.")
+]
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -97,7 +100,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _AUTH = (401, 403, 421)
-_UPLOAD = (400, 409, 413, 415, 422, 429)
+_UPLOAD = (400, 408, 409, 413, 415, 422, 429)
 _FORM = {
     "requestBody": {
         "required": True,
@@ -258,14 +261,15 @@ async def submit(
     if not settings.job_workers:
         raise ProblemError(503, "no-jobs", "This gateway does not offer jobs.")
     mine: list[Job] = await in_database(gateway.store.jobs, principal.id)
+    too_many = ProblemError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "too-many-jobs",
+        f"At most {settings.max_active_jobs} jobs can be unfinished; wait, or cancel one.",
+        headers={"Retry-After": "10"},
+    )
     if sum(not job.finished for job in mine) >= settings.max_active_jobs:
         # Before the files are read; an idempotency key is of no use here.
-        raise ProblemError(
-            HTTPStatus.TOO_MANY_REQUESTS,
-            "too-many-jobs",
-            f"At most {settings.max_active_jobs} jobs can be unfinished; wait, or cancel one.",
-            headers={"Retry-After": "10"},
-        )
+        raise too_many
     async with _files(request, gateway, limit=settings.max_job_images) as upload:
         if idempotency_key:
             once = f"jobs {upload.fingerprint}"
@@ -273,15 +277,22 @@ async def submit(
             if earlier is not None:
                 known = await _job(gateway, principal, earlier)
                 return _json(known.model_dump_json(), 202, replayed=True, job=known)
-        taken: Job = await in_database(
-            gateway.store.submit,
-            principal.id,
-            upload.images,
-            retention=settings.retention,
-            request_id=caller.request_id,
-            trace=caller.trace.get("traceparent", ""),
-            idempotency_key=idempotency_key or "",
-        )
+        try:
+            taken: Job = await in_database(
+                gateway.store.submit,
+                principal.id,
+                upload.images,
+                retention=settings.retention,
+                request_id=caller.request_id,
+                trace=caller.trace.get("traceparent", ""),
+                max_active=settings.max_active_jobs,
+                idempotency_key=idempotency_key or "",
+            )
+        except TooManyJobsError:
+            # Others came while the files were read.
+            if idempotency_key:
+                await in_database(gateway.store.end_once, principal.id, idempotency_key, None)
+            raise too_many from None
     audit("submit", principal, job=taken.id, images=taken.total)
     gateway.jobs.wake()
     return _json(taken.model_dump_json(), 202, job=taken)

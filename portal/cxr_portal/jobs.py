@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -16,6 +18,7 @@ from cxr_portal.model import (
     ModelClient,
     ModelError,
     ModelFailedError,
+    ModelLostError,
     ModelTimeoutError,
     RefusedError,
 )
@@ -26,8 +29,10 @@ log = logging.getLogger(__name__)
 
 # Seconds between looks into the database: other gateways' jobs, and claims that have ended.
 _POLL = 1.0
-# Times that the model may not answer an image in time.
+# Times that the model may not answer an image in time, or end while it has it.
 _MAX_ATTEMPTS = 3
+# Seconds after which deleted images are scrubbed, though others are being asked about.
+_SCRUB = 30.0
 # Seconds between deletions of what was kept long enough.
 _HOUSEKEEPING = 60.0
 
@@ -55,10 +60,10 @@ class JobRunner:
 
     def start(self) -> None:
         """Begin to work."""
-        loops = [self._clean()]
+        loops = [self._clean]
         if self._settings.job_workers:
-            loops += [self._work(), self._hold()]
-        self._tasks = [asyncio.create_task(loop) for loop in loops]
+            loops += [self._work, self._hold]
+        self._tasks = [asyncio.create_task(_kept_up(loop)) for loop in loops]
 
     async def stop(self) -> None:
         """Give back what is not answered yet."""
@@ -83,6 +88,7 @@ class JobRunner:
         self.wake()
 
     async def _work(self) -> None:
+        scrubbed = time.monotonic()
         while True:
             self._wake.clear()
             free = self._settings.job_workers - len(self._asking)
@@ -95,10 +101,10 @@ class JobRunner:
                 task = asyncio.create_task(self._answer(claim))
                 self._asking[place] = task
                 task.add_done_callback(partial(self._ended, place))
-            if self._deleted and not self._asking:
+            if self._deleted and (not self._asking or time.monotonic() > scrubbed + _SCRUB):
                 with _database_may_fail():
+                    scrubbed, self._deleted = time.monotonic(), False
                     await asyncio.to_thread(self._store.scrub)
-                    self._deleted = False
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _POLL)
 
@@ -122,10 +128,12 @@ class JobRunner:
             result = RefusedImage(index=claim.index, reason=error.reason, detail=str(error))
             outcome = error.reason
         except ModelError as error:
-            asked = isinstance(error, ModelTimeoutError)
-            final = asked and claim.attempts + 1 >= _MAX_ATTEMPTS
-            if final or isinstance(error, ModelFailedError):
+            asked = isinstance(error, ModelTimeoutError | ModelLostError)
+            if isinstance(error, ModelFailedError):
                 result = FailedImage(index=claim.index, detail=str(error))
+            elif asked and claim.attempts + 1 >= _MAX_ATTEMPTS:
+                detail = f"The model gave no answer in {_MAX_ATTEMPTS} attempts."
+                result = FailedImage(index=claim.index, detail=detail)
             outcome = "failed"
             delay = error.retry_after or 1.0
         except Exception as error:
@@ -161,6 +169,17 @@ class JobRunner:
                     log.info("deleted %d jobs that were kept long enough", gone)
                     self._deleted = True
             await asyncio.sleep(_HOUSEKEEPING)
+
+
+async def _kept_up(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Begin again where something has ended a loop: jobs would stand still, and nobody know."""
+    while True:
+        try:
+            await loop()
+        except Exception as error:
+            # Not its text, which might quote an image.
+            log.error("the work on jobs: unexpected %s; it goes on", type(error).__name__)
+        await asyncio.sleep(_POLL)
 
 
 @contextlib.contextmanager

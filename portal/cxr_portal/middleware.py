@@ -1,13 +1,15 @@
 """What goes round every request: its id and trace, limits, headers, metrics and the access log."""
 
+import asyncio
 import logging
 import time
 import traceback
 from http import HTTPStatus
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cxr import context
@@ -54,6 +56,8 @@ class RequestMiddleware:
         self._settings = settings
         self._metrics = metrics
         self._tracing = tracing
+        # Bytes of the bodies of requests in progress.
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request; anything else is passed on."""
@@ -94,6 +98,8 @@ class RequestMiddleware:
             await self._app(scope, self._limited(scope, receive), answer)
         except ProblemError as problem:
             await problem.response()(scope, receive, answer)
+        except ClientDisconnect:
+            pass  # nobody is there to be answered
         except Exception as error:
             # Not its text, which might quote the request.
             where = "".join(traceback.format_tb(error.__traceback__))
@@ -106,6 +112,7 @@ class RequestMiddleware:
                 )
                 await failure.response()(scope, receive, answer)
         finally:
+            self._held -= scope["state"].pop("received", 0)
             self._count(scope, status, time.perf_counter() - start)
         return status
 
@@ -114,13 +121,13 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         allowed = self._settings.allowed_hosts
         host = headers.get("host", "")
-        if allowed and (urlsplit(f"//{host}").hostname or "") not in allowed:
+        if allowed and (_split(f"//{host}").hostname or "") not in allowed:
             raise ProblemError(
                 HTTPStatus.MISDIRECTED_REQUEST, "wrong-host", "There is no such host here."
             )
         origin = headers.get("origin")
         if origin is not None and scope["method"] not in _SAFE_METHODS:
-            own = urlsplit(origin).netloc == host
+            own = bool(host) and _split(origin).netloc == host
             if not own and origin not in self._settings.cors_origins:
                 raise ProblemError(
                     HTTPStatus.FORBIDDEN, "wrong-origin", "Other web pages may not call this one."
@@ -134,15 +141,38 @@ class RequestMiddleware:
         return self._settings.max_job_bytes if jobs else self._settings.max_request_bytes
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """The same, up to as many bytes as a body may have."""
-        left = self._limit(scope)
+        """The same, up to as many bytes as a body, and all bodies together, may have.
+
+        And without the pauses of one that never arrives, which would hold what others need.
+        """
+        scope["state"]["received"] = 0
+        whole = False
 
         async def limited() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
+            nonlocal whole
+            try:
+                async with asyncio.timeout(None if whole else self._settings.timeout):
+                    message = await receive()
+            except TimeoutError:
+                raise ProblemError(
+                    HTTPStatus.REQUEST_TIMEOUT,
+                    "too-slow",
+                    f"Nothing of the request came for {self._settings.timeout:g} s.",
+                    headers={"Connection": "close"},
+                ) from None
+            whole = not message.get("more_body", False)
+            size = len(message.get("body", b""))
+            scope["state"]["received"] += size
+            self._held += size
+            if scope["state"]["received"] > self._limit(scope):
                 raise self._too_large(scope)
+            if self._held > self._settings.max_held_bytes:
+                raise ProblemError(
+                    HTTPStatus.SERVICE_UNAVAILABLE,
+                    "busy",
+                    "The gateway is busy; try again later.",
+                    headers={"Retry-After": "1", "Connection": "close"},
+                )
             return message
 
         return limited
@@ -175,6 +205,14 @@ class RequestMiddleware:
                     "duration_seconds": round(seconds, 6),
                 },
             )
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of a URL; none of what is no URL."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _method(scope: Scope) -> str:

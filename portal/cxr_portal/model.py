@@ -46,7 +46,8 @@ _DESCRIPTION_LIFE = 30.0
 # Failures in a row after which the model is left alone, and for how many seconds.
 _BREAKER_FAILURES = 5
 _BREAKER_SECONDS = 5.0
-# Only what never reached a worker is sent again: asking twice would cost twice.
+# Only what never reached the server's own code is sent again: asking twice would cost twice. It
+# answers each call with headers first, and gRPC does not repeat what has them.
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
@@ -81,6 +82,10 @@ class ModelUnavailableError(ModelError):
     def __init__(self, retry_after: float = 1.0) -> None:
         super().__init__("The model cannot be reached at the moment; try again later.")
         self.retry_after = max(1.0, retry_after)
+
+
+class ModelLostError(ModelUnavailableError):
+    """It has ended, or was cut off, while it had the image."""
 
 
 class ModelBusyError(ModelError):
@@ -281,7 +286,9 @@ def _meaning(error: Any) -> Exception:
     if code is _Code.DEADLINE_EXCEEDED:
         return ModelTimeoutError()
     if code is _Code.UNAVAILABLE or code is _Code.NOT_FOUND or code is _Code.UNIMPLEMENTED:
-        return ModelUnavailableError()
+        # The server had begun, and it is not one of its sentences that ends the call.
+        lost = error.initial_metadata() and not error.details().endswith(".")
+        return ModelLostError() if lost else ModelUnavailableError()
     return ModelFailedError()
 
 

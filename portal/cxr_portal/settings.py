@@ -108,6 +108,11 @@ class Settings:
         """Body size of a job, all of which is held in memory: 8 images of the largest size."""
         return 8 * self.limits.max_bytes
 
+    @property
+    def max_held_bytes(self) -> int:
+        """Of the bodies of all requests in progress together: two jobs of the largest size."""
+        return 2 * self.max_job_bytes
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach that address."""

@@ -10,6 +10,7 @@ import secrets
 import sqlite3
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,6 +166,10 @@ class Claim:
     trace: str
 
 
+class TooManyJobsError(Exception):
+    """The owner has as many unfinished jobs as allowed."""
+
+
 class DatabaseError(Exception):
     """The database cannot be used; the message says why."""
 
@@ -235,11 +240,17 @@ class Store:
         """Do away with the last copies of what was deleted.
 
         SQLite overwrites it in the database; this empties its log, too.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: the database cannot be written to.
         """
         if self._sqlite:
+            statement = "PRAGMA wal_checkpoint(TRUNCATE)"
             connection = self._engine.raw_connection()
             try:
-                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                connection.cursor().execute(statement)
+            except sqlite3.Error as error:
+                raise DBAPIError(statement, None, error) from None
             finally:
                 connection.close()
 
@@ -393,6 +404,7 @@ class Store:
         retention: timedelta,
         request_id: str,
         trace: str,
+        max_active: int,
         idempotency_key: str = "",
     ) -> Job:
         """Take a job.
@@ -403,7 +415,11 @@ class Store:
             retention: how long it is kept.
             request_id: of the request.
             trace: its `traceparent`.
+            max_active: unfinished jobs that the owner may have, this one included.
             idempotency_key: of the request; its answer becomes the job's id.
+
+        Raises:
+            TooManyJobsError: the owner has as many.
         """
         now = datetime.now(UTC)
         job_id = str(uuid.uuid4())
@@ -425,6 +441,12 @@ class Store:
             if isinstance(image, bytes):
                 data.append({"job_id": job_id, "index": index, "data": image})
         with self._session() as session:
+            if not self._sqlite:
+                # Requests that come together must see each other's jobs; SQLite has one writer.
+                lock = sa.func.pg_advisory_xact_lock(_SETUP_LOCK, sa.func.hashtext(owner))
+                session.execute(sa.select(lock))
+            if sum(not job.finished for job in _jobs(session, _Job.owner == owner)) >= max_active:
+                raise TooManyJobsError
             session.add(
                 _Job(
                     id=job_id,
@@ -491,29 +513,40 @@ class Store:
             return row is not None
 
     def claim(self, worker: str, limit: int) -> list[Claim]:
-        """Take images that nobody works on, those first that come first in their jobs.
+        """Take images that nobody works on, in the order of their jobs.
 
-        So jobs take turns. An image is given to one worker at a time, until its lease ends.
+        Jobs take turns, image by image: first comes the one that has waited for the longest. An
+        image is given to one worker at a time, until its lease ends.
         """
         now = datetime.now(UTC)
         free = sa.or_(
             sa.and_(_Item.state == "queued", _Item.not_before <= now),
             sa.and_(_Item.state == "running", _Item.lease < now),
         )
-        query = (
-            sa.select(_Item)
-            .where(free)
-            .order_by(_Item.index, _Item.job_id)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
+        # A lease stays with an image that is done, so that it tells when one was taken last.
+        served = (
+            sa.select(sa.func.max(_Item.lease)).where(_Item.job_id == _Job.id).scalar_subquery()
         )
-        claims = []
+        has_free = sa.exists().where(_Item.job_id == _Job.id, free)
+        turns = sa.select(_Job).where(has_free).order_by(served, _Job.created)
+        claims: list[Claim] = []
         with self._session() as session:
-            for item in session.scalars(query):
-                image = session.get(_Image, (item.job_id, item.index))
-                job = session.get(_Job, item.job_id)
-                if image is None or job is None:
+            waiting = deque(session.scalars(turns))
+            while waiting and len(claims) < limit:
+                job = waiting.popleft()
+                item = session.scalar(
+                    sa.select(_Item)
+                    .where(free, _Item.job_id == job.id)
+                    .order_by(_Item.index)
+                    .limit(1)
+                    .with_for_update(skip_locked=True)
+                )
+                if item is None:
                     continue
+                image = session.get(_Image, (item.job_id, item.index))
+                if image is None:
+                    continue
+                waiting.append(job)
                 item.state, item.worker = "running", worker
                 item.lease = now + timedelta(seconds=LEASE)
                 claims.append(

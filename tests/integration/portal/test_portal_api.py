@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import select
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -248,10 +250,14 @@ class TestRequests:
         """So no page elsewhere can reach a gateway that asks nobody who they are."""
         answer = http.get("/v1/models", headers={"Host": "evil.example"})
         assert_problem(answer, 421, "wrong-host", "no such host")
+        answer = http.get("/v1/models", headers={"Host": "["})
+        assert_problem(answer, 421, "wrong-host", "no such host")
 
     def test_other_pages_may_not_send(self, http: httpx.Client) -> None:
         answer = ask(http, GOOD, headers={"Origin": "https://evil.example"})
         assert_problem(answer, 403, "wrong-origin", "may not")
+        malformed = ask(http, GOOD, headers={"Origin": "http://["})
+        assert_problem(malformed, 403, "wrong-origin", "may not")
         assert "access-control-allow-origin" not in answer.headers
 
     def test_only_what_the_operator_allows_may_call_from_elsewhere(self, model: Server) -> None:
@@ -356,6 +362,57 @@ class TestModelAway:
                 for worker in model.workers():
                     worker.resume()
             assert "cxr_portal_images_in_flight 0.0" in running.metrics
+
+
+def upload(to: Portal, path: str, size: int) -> socket.socket:
+    """Begin a form of that many bytes, and leave it there."""
+    host, port = to.url.removeprefix("http://").split(":")
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size + 1000}\r\n"
+    form = "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+    part = 'Content-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(f"{head}{form}{part}".encode() + bytes(size))
+    return connection
+
+
+class TestUploads:
+    @pytest.mark.parametrize("path", [PREDICTIONS, "/v1/jobs"])
+    def test_a_client_that_leaves_is_no_failure_of_the_gateway(
+        self, model: Server, path: str
+    ) -> None:
+        with portal(f"--server={model.grpc}") as running:
+            upload(running, path, 1000).close()
+            counted = f'cxr_portal_requests_total{{code="gone",method="POST",route="{path}"}} 1.0'
+            deadline = time.monotonic() + 20
+            while counted not in running.metrics:
+                assert time.monotonic() < deadline, running.metrics
+                time.sleep(0.1)
+            assert counted.replace("gone", "500") not in running.metrics
+            assert "Traceback" not in running.log
+
+    def test_all_together_have_a_limit(self, model: Server) -> None:
+        """Else a few large jobs at once would end the gateway for its memory, and all others."""
+        size = 50_000
+        options = (f"--server={model.grpc}", f"--max-image-bytes={size}")
+        with portal(*options) as running, running.http() as http:
+            # One image more than two of the largest jobs; whichever is read last is refused.
+            begun = [upload(running, "/v1/jobs", images * size) for images in (7, 7, 3)]
+            refused, _, _ = select.select(begun, [], [], 20)
+            assert [one.recv(100)[:13] for one in refused] == [b"HTTP/1.1 503 "]
+            for connection in begun:
+                connection.close()
+            deadline = time.monotonic() + 20
+            while (answer := ask(http, GOOD)).status_code == 503:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert answer.status_code == 200
+
+    def test_one_that_does_not_arrive_ends(self, model: Server) -> None:
+        with portal(f"--server={model.grpc}", "--timeout=1") as running:
+            connection = upload(running, "/v1/jobs", 1000)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b"Nothing of the request came for 1 s." in answer
 
 
 class TestCommand:

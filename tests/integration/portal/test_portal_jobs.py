@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import resource
 import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import httpx
 import psycopg
 import pytest
 
-from cxr_portal.store import Store
+from cxr_client.schemas import RefusedImage
+from cxr_portal.store import Store, TooManyJobsError
 from integration.portal.test_portal_api import BRIGHT, GOOD, answered_by, assert_problem
+from support.archives import Files, before_each_batch, edited_archive
 from support.bundles import LABELS, encoded_image
 from support.figures import figures
 from support.portals import Portal, files, portal
@@ -150,6 +154,49 @@ class TestJobs:
         assert again.headers["idempotent-replayed"] == "true"
         answer = http.post(JOBS, files=files(BRIGHT), headers=headers)
         assert_problem(answer, 422, "idempotency-key-reused", "another request")
+
+    def test_none_stands_still_while_others_come(self, tmp_path: Path) -> None:
+        """Of three claims a round, a job has its share, however many new ones come."""
+        store = Store(f"sqlite:///{tmp_path}/portal.db")
+        about: dict[str, Any] = {"retention": timedelta(hours=1), "request_id": "", "trace": ""}
+        old = store.submit("me", [GOOD] * 40, max_active=100, **about)
+        for _ in range(20):
+            (claim,) = store.claim("worker", 1)
+            store.finish("worker", claim, RefusedImage(index=claim.index, reason="r", detail="d"))
+        turns = []
+        for _ in range(10):
+            store.submit("others", [GOOD] * 4, max_active=100, **about)
+            for claim in store.claim("worker", 3):
+                turns.append(claim.job_id == old.id)
+                store.finish(
+                    "worker", claim, RefusedImage(index=claim.index, reason="r", detail="d")
+                )
+        assert len(turns) == 30
+        assert sum(turns) >= 4
+        # Of two jobs, each gets every second claim.
+        alone = Store(f"sqlite:///{tmp_path}/alone.db")
+        pair = [alone.submit("me", [GOOD] * 9, max_active=2, **about).id for _ in range(2)]
+        claims = alone.claim("worker", 6)
+        assert [claims.index(claim) for claim in claims if claim.job_id == pair[0]] == [0, 2, 4]
+        assert [claim.index for claim in claims] == [0, 0, 1, 1, 2, 2]
+        alone.close()
+        store.close()
+
+    def test_the_limit_of_jobs_holds_for_those_that_come_together(self, database: str) -> None:
+        store = Store(database)
+        about: dict[str, Any] = {"retention": timedelta(hours=1), "request_id": "", "trace": ""}
+
+        def one(_: int) -> bool:
+            try:
+                store.submit("me", [GOOD] * 5, max_active=3, **about)
+            except TooManyJobsError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as together:
+            assert sum(together.map(one, range(8))) == 3
+        assert len(store.jobs("me")) == 3
+        store.close()
 
     def test_small_jobs_do_not_wait_for_large_ones(self, http: httpx.Client, model: Server) -> None:
         for worker in model.workers():
@@ -293,6 +340,51 @@ class TestSurvival:
             answers = result(other, job["id"])
             assert [answer["index"] for answer in answers] == list(range(count))
             assert count <= answered_by(model) - before <= count + workers
+
+    def test_an_image_that_ends_the_whole_server_is_given_up(self, tmp_path: Path) -> None:
+        """As one for whose memory the kernel ends the container; its neighbours are answered."""
+
+        def deadly(files: Files) -> None:
+            code = """import os, signal
+if b"deadly" in bodies[0]:
+    os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()"""
+            before_each_batch(files, code)
+
+        archive = edited_archive(tmp_path, deadly)
+        port, ended = free_port(), 0
+        own = ("--runtime=inprocess", "--workers=1", f"--grpc-port={port}")
+        options = (*own, "--rest-port=0", "--metrics-port=0")
+        started = f"--server=127.0.0.1:{port}", "--job-workers=1"
+        with portal(*started) as running, running.http() as http:
+            job = submit(http, GOOD + b"deadly", GOOD)
+            while http.get(f"{JOBS}/{job['id']}").json()["state"] != "done":
+                with serving(archive, *options, free_ports=False) as server:
+                    deadline = time.monotonic() + 60
+                    while server.process.poll() is None:
+                        assert time.monotonic() < deadline, "nobody asks the model"
+                        if http.get(f"{JOBS}/{job['id']}").json()["state"] == "done":
+                            break
+                        time.sleep(0.1)
+                    ended += server.process.poll() is not None
+            given_up, answered = result(http, job["id"])
+        assert ended == 3
+        assert (given_up["outcome"], answered["outcome"]) == ("failed", "answered")
+        assert given_up["detail"] == "The model gave no answer in 3 attempts."
+
+    def test_jobs_go_on_when_the_disk_has_room_again(self, model: Server) -> None:
+        """Which a limit of the process on files stands in for."""
+        with portal(f"--server={model.grpc}") as running, running.http() as http:
+            wait(http, submit(http, GOOD)["id"])
+            path = Path(running.database.removeprefix("sqlite:///"))
+            full = (path.stat().st_size, resource.RLIM_INFINITY)
+            resource.prlimit(running.pid, resource.RLIMIT_FSIZE, full)
+            failed = http.post(JOBS, files=files(GOOD + bytes(200_000)))
+            assert_problem(failed, 503, "database-unavailable", "does not answer")
+            time.sleep(3)
+            endless = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            resource.prlimit(running.pid, resource.RLIMIT_FSIZE, endless)
+            assert wait(http, submit(http, GOOD)["id"], 20)["answered"] == 1
 
     def test_a_job_waits_while_the_model_is_away(self, guarded_archive: Path) -> None:
         port = free_port()
