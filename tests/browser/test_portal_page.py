@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
 
 from browser.conftest import ROOT, SCREENSHOTS
 from cxr_portal.app import PAGE
@@ -28,6 +28,11 @@ def upload(page: Page, *paths: Path) -> None:
 
 def card(page: Page, name: str) -> Locator:
     return page.get_by_role("article", name=name)
+
+
+def asking(page: Page) -> Locator:
+    """Where the page says that it waits for the model."""
+    return page.get_by_text("Asking the model")
 
 
 def assert_accessible(page: Page) -> None:
@@ -197,7 +202,41 @@ class TestBatch:
         assert_accessible(page)
         batch.get_by_role("button", name="Cancel").click()
         expect(batch.get_by_role("heading")).to_have_text("Batch of 20 images was cancelled")
-        expect(page.get_by_text("The batch was cancelled before this image.").first).to_be_visible()
+        cancelled = page.get_by_text("The batch was cancelled before this image.")
+        expect(cancelled).to_have_count(20)
+        page.reload()
+        expect(cancelled).to_have_count(20)
+        expect(asking(page)).to_have_count(0)
+        photograph(page, "batch-cancelled-reloaded")
+        assert_accessible(page)
+
+    def test_a_reload_while_it_is_sent(self, page: Page, images: dict[str, Path]) -> None:
+        page.route("**/v1/jobs", lambda _: None)
+        upload(page, *(images[f"batch-{number}.png"] for number in range(9)))
+        expect(page.get_by_role("article")).to_have_count(9)
+        page.reload()
+        expect(page.get_by_text("Choose the file again.")).to_have_count(9)
+        expect(asking(page)).to_have_count(0)
+
+    @pytest.mark.parametrize("broken", ["the database", "the network"])
+    def test_answers_that_cannot_be_fetched_at_first(
+        self, page: Page, images: dict[str, Path], broken: str
+    ) -> None:
+        def fail(route: Route) -> None:
+            if broken == "the network":
+                route.abort()
+            else:
+                route.fulfill(status=503)
+
+        page.route("**/v1/jobs/*/result", fail)
+        upload(page, *(images[f"batch-{number}.png"] for number in range(12)))
+        batch = page.get_by_role("region", name="Batch of 12 images")
+        expect(batch.get_by_role("heading")).to_have_text("Batch of 12 images is done")
+        # It asks again.
+        page.wait_for_event("request", lambda one: one.url.endswith("/result"))
+        page.unroute("**/v1/jobs/*/result")
+        expect(page.get_by_role("article").get_by_role("table")).to_have_count(12)
+        expect(asking(page)).to_have_count(0)
 
     def test_a_reload_takes_it_up_again(
         self, page: Page, images: dict[str, Path], model: Server
@@ -248,6 +287,36 @@ class TestTrouble:
             dialog.get_by_label("Key").fill(closed.key())
             dialog.get_by_role("button", name="Use this key").click()
             expect(card(page, "none.jpg")).to_contain_text("finds nothing")
+
+    def test_a_key_ends_in_the_middle_of_a_batch(
+        self, context: BrowserContext, model: Server, images: dict[str, Path]
+    ) -> None:
+        with portal(f"--server={model.grpc}", "--auth=required") as closed:
+            old = closed.keys("create", "viewer")
+            page = context.new_page()
+            page.goto(closed.url)
+            dialog = page.get_by_role("dialog", name="API key")
+            dialog.get_by_label("Key").fill(old["key"])
+            dialog.get_by_role("button", name="Use this key").click()
+            for worker in model.workers():
+                worker.suspend()
+            try:
+                upload(page, *(images[f"batch-{number}.png"] for number in range(12)))
+                expect(asking(page)).to_have_count(12)
+                new = closed.keys("rotate", old["id"], "--overlap-hours=0")
+                # Its streams end, and it has forgotten that the key was good.
+                closed.stop()
+                closed.start(port=int(closed.url.rpartition(":")[2]))
+                expect(dialog).to_contain_text("The API key has expired.")
+                expect(asking(page)).to_have_count(0)
+                dialog.get_by_label("Key").fill(new["key"])
+                dialog.get_by_role("button", name="Use this key").click()
+                expect(asking(page)).to_have_count(12)
+            finally:
+                for worker in model.workers():
+                    worker.resume()
+            expect(page.get_by_role("heading", name="Batch of 12 images is done")).to_be_visible()
+            expect(page.get_by_role("article").get_by_role("table")).to_have_count(12)
 
     def test_the_server_is_down_and_comes_back(
         self, context: BrowserContext, archive: Path, images: dict[str, Path]

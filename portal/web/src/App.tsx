@@ -15,6 +15,8 @@ const AT_ONCE = 2;
 // While the model is away, it is looked for this often.
 const LOOK_MS = 3000;
 
+const why = (error: unknown) => (error instanceof PortalError ? error.message : "The page has failed.");
+
 export function App() {
   const { items, dispatch } = useItems();
   const [view, setView] = useState<View>("images");
@@ -25,6 +27,7 @@ export function App() {
   const [compared, setCompared] = useState<string[]>([]);
   const [asked, setAsked] = useState(0);
   const running = useRef(new Set<string>());
+  const followed = useRef(new Map<string, AbortController>());
   const main = useRef<HTMLElement>(null);
 
   const onTrouble = useCallback((error: unknown) => {
@@ -62,29 +65,35 @@ export function App() {
   }, [look]);
 
   const follow = useCallback(
-    async (id: string, signal: AbortSignal) => {
+    async (id: string) => {
+      // After a new key a job may still be followed with the old one.
+      followed.current.get(id)?.abort();
+      const ending = new AbortController();
+      followed.current.set(id, ending);
       try {
         let seen = -1;
         await watch(
           id,
-          (job) => {
+          async (job) => {
             setJobs((before) => ({ ...before, [id]: job }));
             const known = job.answered + job.refused + job.failed;
             if (known === seen) return;
+            dispatch({ type: "results", job: id, results: await results(id, ending.signal) });
             seen = known;
-            void results(id).then((found) => dispatch({ type: "results", job: id, results: found }), onTrouble);
           },
-          signal,
+          ending.signal,
         );
-        if (signal.aborted) return;
-        dispatch({ type: "results", job: id, results: await results(id) });
+        if (ending.signal.aborted) return;
         dispatch({ type: "settle", job: id, trouble: "The batch was cancelled before this image." });
         openJobs.remove(id);
       } catch (error) {
         if (error instanceof PortalError && error.status === 404) {
           openJobs.remove(id);
-          dispatch({ type: "settle", job: id, trouble: "The portal has no longer this batch." });
-        } else onTrouble(error);
+          dispatch({ type: "settle", job: id, trouble: "The batch is gone from the portal, or another key sent it." });
+        } else {
+          dispatch({ type: "settle", job: id, trouble: why(error) });
+          onTrouble(error);
+        }
       }
     },
     [dispatch, onTrouble],
@@ -92,9 +101,9 @@ export function App() {
 
   // Batches that ran when the page was left are taken up again.
   useEffect(() => {
-    const ending = new AbortController();
-    for (const id of openJobs.get()) void follow(id, ending.signal);
-    return () => ending.abort();
+    const following = followed.current;
+    for (const id of openJobs.get()) void follow(id);
+    return () => following.forEach((ending) => ending.abort());
   }, [follow]);
 
   const ask = useCallback(
@@ -105,8 +114,7 @@ export function App() {
         dispatch({ type: "change", ids: [item.id], change: { state: "answered", result } });
         setNotice("");
       } catch (error) {
-        const trouble = error instanceof PortalError ? error.message : "The page has failed.";
-        dispatch({ type: "change", ids: [item.id], change: { state: "broken", trouble } });
+        dispatch({ type: "change", ids: [item.id], change: { state: "broken", trouble: why(error) } });
         onTrouble(error);
       }
     },
@@ -142,10 +150,9 @@ export function App() {
       openJobs.add(job.id);
       setJobs((before) => ({ ...before, [job.id]: job }));
       dispatch({ type: "change", ids, change: { job: job.id, state: "asking" } });
-      await follow(job.id, new AbortController().signal);
+      await follow(job.id);
     } catch (error) {
-      const trouble = error instanceof PortalError ? error.message : "The page has failed.";
-      dispatch({ type: "change", ids, change: { job: null, state: "broken", trouble } });
+      dispatch({ type: "change", ids, change: { job: null, state: "broken", trouble: why(error) } });
       onTrouble(error);
     }
   }
@@ -246,10 +253,14 @@ export function App() {
             setNotice("");
             void look();
             for (const item of items) {
-              if (item.state === "broken" && item.file) {
+              if (item.state !== "broken") continue;
+              if (openJobs.has(item.job)) {
+                dispatch({ type: "change", ids: [item.id], change: { state: "asking", trouble: "" } });
+              } else if (item.file) {
                 dispatch({ type: "change", ids: [item.id], change: { state: "waiting", job: null } });
               }
             }
+            for (const id of openJobs.get()) void follow(id);
           }}
         />
       )}

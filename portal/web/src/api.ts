@@ -101,17 +101,20 @@ export async function cancel(id: string): Promise<Job> {
   return (await response.json()) as Job;
 }
 
-export async function results(id: string): Promise<Result[]> {
-  const response = await request(`/v1/jobs/${id}/result`);
+export async function results(id: string, signal: AbortSignal): Promise<Result[]> {
+  const response = await request(`/v1/jobs/${id}/result`, { signal });
   return ((await response.json()) as Schemas["JobResult"]).images;
 }
 
 export const finished = (job: Job): boolean => job.state === "done" || job.state === "cancelled";
 
-/** Tell how a job stands, as it happens, until it has finished; broken streams are taken up again. */
+/**
+ * Tell how a job stands, as it happens, until it has finished. Where the stream breaks or `tell` fails, and that
+ * may pass, it is begun again, with how the job stands.
+ */
 export async function watch(
   id: string,
-  tell: (job: Job) => void,
+  tell: (job: Job) => Promise<void>,
   signal: AbortSignal,
 ): Promise<void> {
   while (!signal.aborted) {
@@ -121,11 +124,16 @@ export async function watch(
         .body!.pipeThrough(new TextDecoderStream())
         .pipeThrough(new EventSourceParserStream())
         .getReader();
-      for (;;) {
-        const { done, value } = await events.read();
-        if (done) break;
-        tell(JSON.parse(value.data) as Job);
-        if (value.event === "end") return;
+      try {
+        for (;;) {
+          const { done, value } = await events.read();
+          if (done) break;
+          await tell(JSON.parse(value.data) as Job);
+          if (value.event === "end") return;
+        }
+      } finally {
+        // Still open where `tell` has failed, and the browser has few connections.
+        void events.cancel().catch(() => undefined);
       }
     } catch (error) {
       if (signal.aborted) return;

@@ -56,12 +56,19 @@ export function reduce(items: Item[], action: Action): Item[] {
   }
 }
 
+// Of images that were still being sent, for the most part: their files have gone with the page.
+const LOST = "The page was reloaded before it could keep an answer. Choose the file again.";
+
 function restored(): Item[] {
   try {
     const kept = JSON.parse(sessionStorage.getItem(STORE) ?? "[]") as Item[];
     return kept
       .filter((item) => item.result || item.job)
-      .map((item) => ({ ...item, file: null, state: item.result ? "answered" : "asking" }));
+      .map((item): Item => {
+        if (item.result) return { ...item, file: null, state: "answered" };
+        if (openJobs.has(item.job)) return { ...item, file: null, state: "asking", trouble: "" };
+        return { ...item, file: null, state: "broken", trouble: item.trouble || LOST };
+      });
   } catch {
     return [];
   }
@@ -96,6 +103,7 @@ const JOBS = "cxr.jobs";
 /** Jobs that this tab has submitted and that may still run. */
 export const openJobs = {
   get: (): string[] => JSON.parse(sessionStorage.getItem(JOBS) ?? "[]") as string[],
+  has: (id: string | null): boolean => id !== null && openJobs.get().includes(id),
   add: (id: string) => sessionStorage.setItem(JOBS, JSON.stringify([...openJobs.get(), id])),
   remove: (id: string) =>
     sessionStorage.setItem(JOBS, JSON.stringify(openJobs.get().filter((one) => one !== id))),
