@@ -64,7 +64,12 @@ class RestClient:
 
     def __init__(self, target: Target, timeout: float, *, connections: int = 1) -> None:
         self._pool = urllib3.connectionpool.connection_from_url(
-            target.rest, maxsize=connections, block=False, retries=False, timeout=timeout
+            target.rest,
+            maxsize=connections,
+            block=False,
+            retries=False,
+            # In all: a number alone would count for connecting, and again for the answer.
+            timeout=urllib3.Timeout(total=timeout),
         )
         self._headers = dict(target.headers)
         if target.host_header:

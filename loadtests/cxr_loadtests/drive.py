@@ -46,7 +46,9 @@ DEFAULT_PORT = 5557
 _REST_CONNECTIONS = 64
 _GRPC_CONNECTIONS = 8
 _WORKERS_SECONDS = 120.0
-# How long workers may take to stop, beyond a request's timeout.
+# How much longer than a request's timeout the run waits at its end, so that one that hangs fails.
+_OVERTIME_SECONDS = 5.0
+# How long workers may take to stop, beyond that.
 _LAST_REPORT_SECONDS = 15.0
 # Users that start or leave within a second; Locust warns above.
 _AT_ONCE = 100.0
@@ -58,7 +60,7 @@ class State:
 
     Attributes:
         interrupted: whether the run is to end now.
-        over: whether it has come to its end.
+        over: when it came to its end, as `time.monotonic`; None before.
         recorder: what they saw.
         rate: requests a second that this process sends in the open model.
         think: whether clients of the closed model pause.
@@ -66,7 +68,7 @@ class State:
 
     def __init__(self) -> None:
         self.interrupted = False
-        self.over = False
+        self.over: float | None = None
         self.recorder = Recorder()
         self.rate = 0.0
         self.think = True
@@ -90,6 +92,11 @@ class State:
             raise LoadTestError("This worker has no plan from its master.")
         return self.plan
 
+    @property
+    def patience(self) -> float:
+        """Seconds after which every request has ended."""
+        return self.ready.profile.timeout_seconds + _OVERTIME_SECONDS
+
     def next(self) -> Request:
         """The request whose turn it is in this process."""
         assert self._mix is not None  # noqa: S101 - `take` comes first
@@ -101,10 +108,10 @@ class State:
 
     def finish(self, environment: Any, msg: Any, **_: Any) -> None:  # noqa: ARG002 - Locust's names
         """Hear from the master that the run is over."""
-        self.over = True
+        self.over = time.monotonic()
 
     def ask(
-        self, rest: RestClient, grpc: GrpcClient | None, request: Request, start: float
+        self, rest: RestClient, grpc: GrpcClient | None, request: Request, asked: float
     ) -> Outcome:
         """Send a request, check its answer, and count both.
 
@@ -112,15 +119,15 @@ class State:
             rest: connection to send it over.
             grpc: the same for gRPC.
             request: what to send.
-            start: when the clock starts, as `time.monotonic`.
+            asked: when the clock starts, as `time.monotonic`.
         """
         plan = self.ready
-        self.recorder.started += 1
+        key = self.recorder.start(request, asked)
         client = grpc if request.protocol == "grpc" and grpc is not None else rest
         reply = client.send(request.sendable)
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - asked
         outcome = check(request, reply, plan.expectations, plan.profile.tolerance)
-        self.recorder.finish(request, outcome, seconds)
+        self.recorder.finish(key, outcome, seconds)
         return outcome
 
 
@@ -145,7 +152,7 @@ class ClosedUser(locust.User):
 
     def on_stop(self) -> None:
         """Wait for the answer, and leave."""
-        self._asking.join(state.ready.profile.timeout_seconds)
+        self._asking.join(state.patience)
         self._rest.close()
         if self._grpc:
             self._grpc.close()
@@ -187,7 +194,7 @@ class ArrivalUser(locust.User):
 
     def on_stop(self) -> None:
         """Wait for what is under way, and leave."""
-        self._pool.join(state.ready.profile.timeout_seconds)
+        self._pool.join(state.patience)
         self._rest.close()
         for client in self._grpcs:
             client.close()
@@ -207,10 +214,12 @@ class ArrivalUser(locust.User):
         gap = state.random.expovariate(state.rate) if poisson else 1 / state.rate
         self._due += gap
         gevent.sleep(max(0.0, self._due - time.monotonic()))
+        if state.over is not None and self._due > state.over:
+            return  # nobody would wait for its answer
         request = state.next()
         if self._pool.full():
-            state.recorder.started += 1
-            state.recorder.finish(request, Outcome("", _UNSENT, from_server=False), 0.0)
+            key = state.recorder.start(request, self._due)
+            state.recorder.finish(key, Outcome("", _UNSENT, from_server=False), 0.0)
             return
         self._number += 1
         grpc = self._grpcs[self._number % len(self._grpcs)] if self._grpcs else None
@@ -229,14 +238,12 @@ class Driven:
         phases: as they were.
         bins: what clients saw.
         codes: the answers of the whole run.
-        sent: requests of the whole run.
         generator: how the load generator fared.
     """
 
     phases: list[PhaseRecord]
     bins: list[BinRecord]
     codes: list[CodeRecord]
-    sent: int
     generator: Generator
 
 
@@ -332,7 +339,7 @@ class _Schedule(locust.LoadTestShape):
 
     def _tell(self, record: PhaseRecord) -> None:
         """Say what the phase has brought; of a step, also keep it."""
-        found = [item for item in _bins(state.recorder) if record.holds(item.second)]
+        found = [item for item in state.recorder.records() if record.holds(item.second)]
         good = [item for item in found if item.scenario != "bad-input"]
         whole = max(1, int(record.end - 1) - int(record.start + record.settle))
         some = pooled(good, float(whole))
@@ -340,8 +347,14 @@ class _Schedule(locust.LoadTestShape):
         load = f"{record.users} clients" if record.users else f"{record.rate or 0:.1f}/s due"
         shown = "no answer" if p95 is None else f"p95 {p95 * 1000:.0f} ms"
         failed = sum(sum(item.failures.values()) for item in found)
+        waiting = sum(
+            count
+            for (second, *_), count in state.recorder.under_way.items()
+            if record.holds(second)
+        )
         self._say(
             f"{record.name}: {load}, {some.throughput:.1f}/s answered, {shown}, {failed} failed"
+            + (f", {waiting} not answered yet" if waiting else "")
         )
         if record.step and record.users is not None:
             ratio = some.error_ratio if some.answered + some.failed else 1.0
@@ -427,14 +440,10 @@ class Crew:
             gevent.sleep(0.2)
         self._expected = set(self._have)
 
-    def stop(self, timeout: float) -> None:
-        """End the load, and wait for the last reports.
-
-        Args:
-            timeout: seconds that a request may take.
-        """
+    def stop(self) -> None:
+        """End the load, and wait for the last reports."""
         self.runner.stop()
-        end = time.monotonic() + timeout + _LAST_REPORT_SECONDS
+        end = time.monotonic() + state.patience + _LAST_REPORT_SECONDS
         while self.lost and time.monotonic() < end:
             gevent.sleep(0.1)
 
@@ -470,8 +479,8 @@ def drive(plan: Plan, shape: Shape, crew: Crew, say: Callable[[str], None]) -> D
     schedule = _Schedule(shape, max(1, crew.workers), say)
     runner = crew.runner
     crew.environment.shape_class = schedule
-    crew.environment.stop_timeout = plan.profile.timeout_seconds
     state.take(plan)
+    crew.environment.stop_timeout = state.patience
     crew.hand_out(plan)
     schedule.runner = runner
     problems: list[BaseException] = []
@@ -483,24 +492,24 @@ def drive(plan: Plan, shape: Shape, crew: Crew, say: Callable[[str], None]) -> D
     schedule.end()
     handler.cancel()
     busy = crew.busy
-    crew.stop(plan.profile.timeout_seconds)
+    crew.stop()
     if problems:
         raise LoadTestError(str(problems[0])) from problems[0]
     recorder = state.recorder
+    unfinished = recorder.cut_off()
     return Driven(
         phases=schedule.records,
-        bins=_bins(recorder),
+        bins=recorder.records(),
         codes=[
             CodeRecord(protocol=protocol, code=code, from_server=server, count=count)
             for (protocol, code, server), count in sorted(recorder.codes.items())
         ],
-        sent=recorder.started,
         generator=Generator(
             workers=max(1, crew.workers),
             lost=crew.lost,
             busy=busy,
             lag_p99=percentile(recorder.lags, 0.99),
-            unfinished=recorder.started - recorder.finished,
+            unfinished=unfinished,
         ),
     )
 
@@ -531,8 +540,8 @@ def work(master: str, port: int, wait: float, say: Callable[[str], None]) -> Non
 
     def take(environment: Any, msg: Any, **_: Any) -> None:
         plan = Plan.from_document(msg.data)
-        environment.stop_timeout = plan.profile.timeout_seconds
         state.take(plan)
+        environment.stop_timeout = state.patience
         runner.send_message("have-plan", {})
 
     runner.register_message("plan", take)
@@ -547,7 +556,7 @@ def work(master: str, port: int, wait: float, say: Callable[[str], None]) -> Non
         pass
     runner.send_message("end", state.recorder.drain())
     gevent.sleep(1)
-    if not state.over:
+    if state.over is None:
         raise LoadTestError(
             f"The master at {master}:{port} ended, or fell silent, before the run was over."
         )
@@ -559,16 +568,3 @@ def _report(client_id: str, data: dict[str, Any]) -> None:  # noqa: ARG001 - Loc
 
 def _merge(client_id: str, data: dict[str, Any]) -> None:  # noqa: ARG001
     state.recorder.merge(data["cxr"])
-
-
-def _bins(recorder: Recorder) -> list[BinRecord]:
-    return [
-        BinRecord(
-            second=second,
-            scenario=scenario,
-            protocol=protocol,
-            buckets=dict(found.buckets),
-            failures=dict(found.failures),
-        )
-        for (second, scenario, protocol), found in sorted(recorder.bins.items())
-    ]

@@ -33,8 +33,9 @@ class Objective(Strict):
         by: one check for all of these together, or one for each scenario or protocol.
         shape: runs of which shapes, the same.
         p95_seconds: of the answers that are as expected.
-        error_ratio: highest share of requests that are not answered as expected.
-        min_throughput: answers as expected, a second.
+        error_ratio: highest share of requests that are not answered as expected; broken without
+            any.
+        min_throughput: answers as expected that come, a second.
         memory_growth: share by which the mean memory of the largest replica may be more in the last
             third of a judged phase than in the first; looked at where Prometheus was asked, and
             broken where that does not know.
@@ -176,16 +177,19 @@ def _checks(result: Result, objective: Objective) -> Iterator[Check]:
 
 
 def _promises(objective: Objective, name: str, every: Figures, good: Figures) -> Iterator[Check]:
-    if objective.error_ratio is not None and every.answered + every.failed:
+    asked = every.answered + every.failed
+    if objective.error_ratio is not None:
+        # No request is no success: clients may still wait for answers from an earlier phase.
         worst = ", ".join(f"{count} x {kind}" for kind, count in every.failures.most_common(3))
         yield Check(
             name=f"{name}: errors",
             promised=f"at most {objective.error_ratio:.2%}",
-            observed=f"{every.error_ratio:.2%} of {every.answered + every.failed}"
-            + (f" ({worst})" if worst else ""),
+            observed=f"{every.error_ratio:.2%} of {asked}" + (f" ({worst})" if worst else "")
+            if asked
+            else "no request",
             passed=every.error_ratio <= objective.error_ratio,
         )
-    if not good.answered + good.failed and every.answered + every.failed:
+    if not good.answered + good.failed and asked:
         return  # a group of bad input alone has no latency to promise
     for share, promised in ((0.95, objective.p95_seconds), (0.99, objective.p99_seconds)):
         if promised is not None:

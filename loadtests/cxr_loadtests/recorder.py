@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cxr_loadtests.histogram import Buckets, bucket
+from cxr_loadtests.results import BinRecord
 from cxr_loadtests.scenarios import Outcome, Request
 
+# Unix time, scenario and protocol.
 Key = tuple[int, str, str]
+CUT_OFF = "no outcome when the run ended"
 
 
 @dataclass
@@ -17,22 +20,28 @@ class Bin:
     """One second of one scenario over one protocol.
 
     Attributes:
-        buckets: latencies of the answers that were as expected.
-        failures: the others, by what went wrong.
+        buckets: latencies of the requests asked in it that were answered as expected.
+        failures: the other requests asked in it, by what went wrong.
+        answers: those as expected that came in it, whenever they were asked for.
     """
 
     buckets: Buckets = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
+    answers: int = 0
 
 
 class Recorder:
     """Counts requests; those of several processes can be merged.
 
+    A request belongs to the second in which it was asked: sent or, in the open model, due. What
+    hangs ends much later, when the phase that it was asked in may be over.
+
     Attributes:
-        bins: by second (Unix time of the answer), scenario and protocol.
+        bins: by second, scenario and protocol.
         codes: answers by protocol, code and whether the server itself gave it; the code is empty
             where there was no answer.
-        started: requests that were sent or, in the open model, due.
+        under_way: requests without an outcome, by when they were asked; since the last `drain`,
+            and so negative where more have ended.
         lags: how much later than due the open model has sent, as a histogram.
     """
 
@@ -42,38 +51,73 @@ class Recorder:
     def _clear(self) -> None:
         self.bins: dict[Key, Bin] = {}
         self.codes: Counter[tuple[str, str, bool]] = Counter()
-        self.started = 0
+        self.under_way: Counter[Key] = Counter()
         self.lags: Buckets = Counter()
 
-    def finish(self, request: Request, outcome: Outcome, seconds: float) -> None:
+    def start(self, request: Request, asked: float) -> Key:
+        """Count one request that is under way from now on.
+
+        Args:
+            request: what is sent.
+            asked: when it was sent or, in the open model, due, as `time.monotonic`.
+
+        Returns:
+            where it belongs, for `finish`.
+        """
+        second = int(time.time() - (time.monotonic() - asked))
+        key = (second, request.scenario, request.protocol)
+        self.under_way[key] += 1
+        return key
+
+    def finish(self, key: Key, outcome: Outcome, seconds: float) -> None:
         """Count one request that has ended.
 
         Args:
-            request: what was sent.
+            key: what `start` has said of it.
             outcome: what became of it.
-            seconds: from when it was sent or, in the open model, due.
+            seconds: from when it was asked.
         """
-        found = self._bin((int(time.time()), request.scenario, request.protocol))
+        self.under_way[key] -= 1
+        _, scenario, protocol = key
         if outcome.failure:
-            found.failures[outcome.failure] += 1
+            self._bin(key).failures[outcome.failure] += 1
         else:
-            found.buckets[bucket(seconds)] += 1
-        self.codes[request.protocol, outcome.code, outcome.from_server] += 1
+            self._bin(key).buckets[bucket(seconds)] += 1
+            self._bin((int(time.time()), scenario, protocol)).answers += 1
+        self.codes[protocol, outcome.code, outcome.from_server] += 1
 
-    @property
-    def finished(self) -> int:
-        """Requests that have ended, in whatever way."""
-        return sum(self.codes.values())
+    def cut_off(self) -> int:
+        """Count what is still under way as failed, and say how many requests that are."""
+        cut = +self.under_way
+        for key, count in cut.items():
+            self._bin(key).failures[CUT_OFF] += count
+            self.codes[key[2], "", False] += count
+        self.under_way.clear()
+        return cut.total()
+
+    def records(self) -> list[BinRecord]:
+        """What was counted until now, second by second."""
+        return [
+            BinRecord(
+                second=second,
+                scenario=scenario,
+                protocol=protocol,
+                buckets=dict(found.buckets),
+                failures=dict(found.failures),
+                answers=found.answers,
+            )
+            for (second, scenario, protocol), found in sorted(self.bins.items())
+        ]
 
     def drain(self) -> dict[str, Any]:
         """What was counted since the last time, as plain data; it is forgotten here."""
         document = {
             "bins": [
-                [*key, list(found.buckets.items()), list(found.failures.items())]
+                [*key, list(found.buckets.items()), list(found.failures.items()), found.answers]
                 for key, found in self.bins.items()
             ],
             "codes": [[*key, count] for key, count in self.codes.items()],
-            "started": self.started,
+            "under_way": [[*key, count] for key, count in self.under_way.items() if count],
             "lags": list(self.lags.items()),
         }
         self._clear()
@@ -81,13 +125,15 @@ class Recorder:
 
     def merge(self, document: dict[str, Any]) -> None:
         """Add what another process has drained."""
-        for second, scenario, protocol, buckets, failures in document["bins"]:
+        for second, scenario, protocol, buckets, failures, answers in document["bins"]:
             found = self._bin((second, scenario, protocol))
             found.buckets.update(dict(_pairs(buckets)))
             found.failures.update(dict(_pairs(failures)))
+            found.answers += answers
         for protocol, code, server, count in document["codes"]:
             self.codes[protocol, code, server] += count
-        self.started += document["started"]
+        for second, scenario, protocol, count in document["under_way"]:
+            self.under_way[second, scenario, protocol] += count
         self.lags.update(dict(_pairs(document["lags"])))
 
     def _bin(self, key: Key) -> Bin:

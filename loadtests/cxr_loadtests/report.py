@@ -1,6 +1,7 @@
 """The report: one HTML file that needs nothing else."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from io import StringIO
 from typing import Any
@@ -137,16 +138,17 @@ def _latency(axis: Axes, result: Result, start: float) -> None:
 
 
 def _throughput(axis: Axes, result: Result, start: float) -> None:
-    first, _, width = _seconds(result)
-    answered: dict[int, int] = {}
-    failed: dict[int, int] = {}
+    first, last, width = _seconds(result)
+    answers: Counter[int] = Counter()
+    failed: Counter[int] = Counter()
     for item in result.bins:
         place = (item.second - first) // width
-        answered[place] = answered.get(place, 0) + sum(item.buckets.values())
-        failed[place] = failed.get(place, 0) + sum(item.failures.values())
-    places = sorted(answered)
+        answers[place] += item.answers
+        failed[place] += sum(item.failures.values())
+    # Where nothing came, the line goes down to 0.
+    places = range((last - first) // width + 1)
     times = [first + (place + 0.5) * width - start for place in places]
-    axis.plot(times, [answered[place] / width for place in places], label="as expected")
+    axis.plot(times, [answers[place] / width for place in places], label="as expected")
     axis.plot(times, [failed[place] / width for place in places], label="failed", color="firebrick")
     axis.set_ylabel("requests/s")
     axis.legend(loc="upper left", ncols=2, fontsize=8)

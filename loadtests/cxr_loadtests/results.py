@@ -51,13 +51,22 @@ class PhaseRecord(Strict):
 
 
 class BinRecord(Strict):
-    """One second of one scenario over one protocol."""
+    """One second of one scenario over one protocol.
+
+    Attributes:
+        second: Unix time.
+        buckets: latencies of the requests asked in it (sent or, in the open model, due) that were
+            answered as expected.
+        failures: the other requests asked in it, by what went wrong.
+        answers: those as expected that came in it, whenever they were asked for.
+    """
 
     second: int
     scenario: str
     protocol: str
     buckets: dict[int, int]
     failures: dict[str, int]
+    answers: int
 
 
 class CodeRecord(Strict):
@@ -73,7 +82,7 @@ class Step(Strict):
     """One step: clients without a pause, and what they got.
 
     Attributes:
-        throughput: answers as expected, a second.
+        throughput: answers as expected that came, a second.
         error_ratio: of all requests.
         p50: seconds, as the other two.
     """
@@ -140,7 +149,7 @@ class Generator(Strict):
             own.
         lag_p99: seconds after they were due within which 99 % of the open model's requests were
             sent; None without any.
-        unfinished: requests that had no outcome when the run ended.
+        unfinished: requests that had no outcome when the run ended; they count as failed.
     """
 
     workers: int
@@ -235,16 +244,18 @@ class Figures:
     """Requests of some seconds, taken together.
 
     Attributes:
-        answered: requests that were answered as expected.
+        answered: requests asked in them that were answered as expected, whenever that was.
         failures: the others, by what went wrong.
         seconds: length of the time that they are from.
         buckets: latencies of those answered.
+        answers: those as expected that came in these seconds, whenever they were asked for.
     """
 
     answered: int
     failures: Counter[str]
     seconds: float
     buckets: Buckets
+    answers: int
 
     @property
     def failed(self) -> int:
@@ -259,8 +270,12 @@ class Figures:
 
     @property
     def throughput(self) -> float:
-        """Requests answered as expected, a second."""
-        return self.answered / self.seconds if self.seconds > 0 else 0.0
+        """Answers as expected that came, a second.
+
+        Counted by request, a service that falls behind would seem to keep up with the rate that is
+        sent: its answers come after these seconds.
+        """
+        return self.answers / self.seconds if self.seconds > 0 else 0.0
 
     def percentile(self, share: float) -> float | None:
         """Seconds that a share of the answers did not exceed; None without answers."""
@@ -274,7 +289,8 @@ def pooled(bins: Iterable[BinRecord], seconds: float) -> Figures:
     failures: Counter[str] = Counter()
     for item in found:
         failures.update(item.failures)
-    return Figures(sum(buckets.values()), failures, seconds, buckets)
+    answers = sum(item.answers for item in found)
+    return Figures(sum(buckets.values()), failures, seconds, buckets, answers)
 
 
 def figures(

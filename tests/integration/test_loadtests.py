@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,45 @@ def test_the_open_model_sees_what_the_closed_one_hides(plain: Server, tmp_path: 
     assert slow_answers("closed") <= 6
     # 20 a second for the 1.7 s in which who comes waits longer than that, without bad input.
     assert slow_answers("open") >= 15
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_service_that_freezes_until_the_end_fails(
+    archive: Path, tmp_path: Path, workers: int
+) -> None:
+    """Every answer is good, and what hangs has its timeout after the judged phase."""
+    port = free_port()
+    inputs = write_inputs(tmp_path, {"objectives": [{"name": "all", "error_ratio": 0.1}]})
+    impatient = json.dumps({**PROFILE, "timeout_seconds": 6, "gaps": "constant"})
+    (tmp_path / "profile.yaml").write_text(impatient, encoding="utf-8")
+    options = [f"--workers={workers}", f"--port={port}", "--shape=open", "--rate=4", *inputs]
+    with (
+        serving(archive, "--runtime=inprocess", "--workers=1") as server,
+        ExitStack() as stack,
+        subprocess.Popen(
+            [CXR, "loadtest", "run", *addresses(server)[:2], *options], **CAPTURED
+        ) as master,
+    ):
+        if workers:
+            stack.enter_context(joined(port))
+        assert master.stdout is not None
+        assert any("begins" in line for line in master.stdout)
+        # Of 8 s, so that no timeout is over within the phase.
+        time.sleep(4)
+        for worker in server.workers():
+            worker.suspend()
+        said = master.communicate(timeout=60)[0]
+        for worker in server.workers():
+            worker.resume()
+    assert master.returncode == 1, said
+    assert [name for name, check in verdict_of(tmp_path).items() if not check["passed"]] == [
+        "all: errors"
+    ], said
+    result = load_result(tmp_path / "out")
+    assert result.generator.unfinished == 0
+    (phase,) = result.phases
+    failed = [item.second for item in result.bins if item.failures]
+    assert phase.start + 3 < min(failed) <= max(failed) < phase.end
 
 
 def plain_requests(server: Server) -> float:

@@ -123,7 +123,7 @@ class Storm:
         return self.figures.failures
 
     def failed_after(self, moment: float) -> int:
-        """Requests that failed after a Unix time, and in the whole second that holds it."""
+        """Requests due after a Unix time, or in the whole second that holds it, that failed."""
         assert self.result is not None
         late = [item for item in self.result.bins if item.second + 1 > moment]
         return sum(sum(item.failures.values()) for item in late)

@@ -3,15 +3,20 @@
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from cxr_loadtests.clients import Sendable
 from cxr_loadtests.histogram import bucket
 from cxr_loadtests.profile import Profile
+from cxr_loadtests.recorder import Recorder
 from cxr_loadtests.results import BinRecord, CodeRecord, Generator, PhaseRecord, Result
+from cxr_loadtests.scenarios import Outcome, Request
 from support.bundles import encoded_image
 from support.servers import CXR
 
@@ -79,6 +84,7 @@ def make_result(
             protocol=protocol,
             buckets=dict(Counter(bucket(value) for value in values)),
             failures=dict(failures or {}) if second == min(latencies) else {},
+            answers=len(values),
         )
         for second, values in latencies.items()
     ]
@@ -100,6 +106,47 @@ def make_result(
         "generator": Generator(workers=1, lost=0, busy=False, lag_p99=None, unfinished=0),
     }
     return Result(**(document | changes))
+
+
+class _Clock:
+    """In place of the module `time`: seconds since the start."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return START + self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def record(
+    monkeypatch: pytest.MonkeyPatch, requests: Iterable[tuple[float, float | None, str]]
+) -> Recorder:
+    """What a generator counts of requests: when each is asked, how long it takes, what fails.
+
+    Times are seconds since the start; a request without a length does not end.
+    """
+    clock, recorder = _Clock(), Recorder()
+    monkeypatch.setattr("cxr_loadtests.recorder.time", clock)
+    request = Request("rest-raw", "v1", Sendable("/", b""))
+    begun: dict[int, Any] = {}
+    events: list[tuple[float, int, Callable[[], None]]] = []
+
+    def begin(number: int, asked: float) -> None:
+        begun[number] = recorder.start(request, asked)
+
+    def end(number: int, seconds: float, failure: str) -> None:
+        code = "" if failure else "200"
+        recorder.finish(begun[number], Outcome(code, failure, from_server=not failure), seconds)
+
+    for number, (asked, seconds, failure) in enumerate(requests):
+        events.append((asked, number, partial(begin, number, asked)))
+        if seconds is not None:
+            events.append((asked + seconds, number, partial(end, number, seconds, failure)))
+    for clock.now, _, happen in sorted(events, key=lambda event: event[:2]):
+        happen()
+    return recorder
 
 
 def make_phase(

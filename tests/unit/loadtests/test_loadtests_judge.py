@@ -16,6 +16,7 @@ from cxr_loadtests.results import (
     CodeRecord,
     Generator,
     Reconciliation,
+    Result,
     Series,
     knee,
     load_result,
@@ -23,7 +24,7 @@ from cxr_loadtests.results import (
     steps,
 )
 from cxr_loadtests.server_side import reconcile
-from support.loadtests import START, make_phase, make_result, make_steps
+from support.loadtests import START, make_phase, make_result, make_steps, record
 
 ROOT = Path(__file__).parents[3]
 
@@ -126,6 +127,71 @@ def test_only_judged_seconds_count() -> None:
         make_phase("judged", 8, 31, judged=True, settle=2.0),
     ]
     assert judge(make_result(latencies, phases=phases), objectives(p99_seconds=0.2)).passed
+
+
+# Every 50 ms for 40 s: good answers for 10 s, then none within the timeout of 30 s.
+FREEZE = [
+    (number / 20, 0.1, "") if number < 200 else (number / 20, 30.0, "timeout")
+    for number in range(800)
+]
+
+
+def at_rate(requests: Any, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """A run of one judged phase of 40 s, from what its clients did."""
+    recorder = record(monkeypatch, requests)
+    phase = make_phase("rate", 0, 40, users=None, rate=20.0, judged=True)
+    unfinished = recorder.cut_off()
+    generator = Generator(workers=1, lost=0, busy=False, lag_p99=0.0, unfinished=unfinished)
+    return make_result(FLAT, phases=[phase], bins=recorder.records(), generator=generator)
+
+
+def test_a_freeze_until_the_end_belongs_to_the_phase_it_was_asked_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What hangs ends after the phase."""
+    result = at_rate(FREEZE, monkeypatch)
+    promises = objectives(error_ratio=0.5, p99_seconds=1.0, min_throughput=6.0)
+    verdict = judge(result, promises)
+    found = {check.name: check.observed for check in verdict.checks if not check.passed}
+    # The last second is not whole.
+    assert found == {
+        "all: errors": "74.36% of 780 (580 x timeout)",
+        "all: throughput": "5.1/s",
+    }
+    good = at_rate([(number / 20, 0.1, "") for number in range(800)], monkeypatch)
+    assert judge(good, promises).passed
+    worse = {check.name for check in compare(good, result, 0.15).checks if not check.passed}
+    assert worse == {"errors"}
+
+
+def test_a_freeze_that_no_timeout_ends_is_no_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = [(asked, seconds if not failure else None, "") for asked, seconds, failure in FREEZE]
+    verdict = judge(at_rate(endless, monkeypatch), objectives(error_ratio=0.5))
+    assert {check.name: check.observed for check in verdict.checks if not check.passed} == {
+        "all: errors": "74.36% of 780 (580 x no outcome when the run ended)",
+        "the load generator is whole": "0 workers lost, 600 requests unfinished",
+    }
+
+
+def test_answers_that_come_after_the_phase_are_late_and_no_throughput(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twenty a second are due, ten are answered: the others wait, and come by and by."""
+    behind = [(number / 20, 0.1 + number / 20, "") for number in range(800)]
+    verdict = judge(at_rate(behind, monkeypatch), objectives(p95_seconds=1.0, min_throughput=19))
+    assert {check.name: check.observed for check in verdict.checks if not check.passed} == {
+        "all: p95": "37175 ms",
+        "all: throughput": "10.0/s",
+    }
+
+
+def test_a_phase_that_nothing_was_asked_in_keeps_no_promise() -> None:
+    """All clients still wait for answers to what they asked in the warm-up."""
+    phases = [make_phase("warm-up", 0, 31), make_phase("judged", 31, 60, judged=True)]
+    verdict = judge(make_result(FLAT, phases=phases), objectives(error_ratio=0.5))
+    assert {check.name: check.observed for check in verdict.checks if not check.passed} == {
+        "all: errors": "no request"
+    }
 
 
 def test_a_lost_worker_and_other_counts_fail() -> None:

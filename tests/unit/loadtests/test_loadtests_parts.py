@@ -2,7 +2,10 @@
 
 import json
 import random
+import socket
 import struct
+import threading
+import time
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -14,19 +17,20 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from cxr.dicom import is_dicom
-from cxr_loadtests.clients import Reply
+from cxr_loadtests.clients import Reply, RestClient, Sendable
 from cxr_loadtests.errors import LoadTestError
 from cxr_loadtests.images import Sample, make_samples
 from cxr_loadtests.mix import Mix, pause
 from cxr_loadtests.plan import Plan, choose_scenarios
 from cxr_loadtests.profile import Profile, ThinkTime, read_profile, scaled
-from cxr_loadtests.recorder import Recorder
+from cxr_loadtests.recorder import CUT_OFF, Key, Recorder
 from cxr_loadtests.reference import Reference
+from cxr_loadtests.results import pooled
 from cxr_loadtests.scenarios import Expected, Outcome, check, requests_of
 from cxr_loadtests.store import split_uri
 from cxr_loadtests.target import Target
 from support.bundles import encoded_image
-from support.loadtests import PROFILE
+from support.loadtests import PROFILE, START, record
 
 SAMPLES = [Sample(0, "jpeg", encoded_image(90, kind="JPEG")), Sample(1, "dicom", b"DICM")]
 EXPECTATIONS = {"1.0": [Expected("b", {"a": 0.25, "b": 0.75})] * 2}
@@ -224,15 +228,64 @@ def test_bad_input_must_be_refused_with_its_own_code() -> None:
 def test_recorders_of_several_processes_add_up() -> None:
     request = requests_of("rest-raw", SAMPLES, "m", grpc=False)[0]
     total, worker = Recorder(), Recorder()
+    before: list[Key] = []
     for _ in range(3):
-        worker.started += 1
-        worker.finish(request, Outcome("200", "", from_server=True), 0.1)
-        worker.finish(request, Outcome("503", "503", from_server=False), 0.1)
+        # One of three is still under way at each report, and ends before the next.
+        for key in before:
+            worker.finish(key, Outcome("200", "", from_server=True), 0.1)
+        first, second, third = (worker.start(request, time.monotonic()) for _ in range(3))
+        worker.finish(first, Outcome("200", "", from_server=True), 0.1)
+        worker.finish(second, Outcome("503", "503", from_server=False), 0.1)
+        before = [third]
         total.merge(json.loads(json.dumps(worker.drain())))
-    assert worker.finished == 0
-    assert (total.started, total.finished) == (3, 6)
-    assert total.codes == {("v1", "200", True): 3, ("v1", "503", False): 3}
-    assert sum(sum(item.failures.values()) for item in total.bins.values()) == 3
+        assert total.under_way.total() == 1
+    assert total.cut_off() == 1
+    assert total.cut_off() == 0
+    assert total.codes == {("v1", "200", True): 5, ("v1", "503", False): 3, ("v1", "", False): 1}
+    assert pooled(total.records(), 1.0).failures == {"503": 3, CUT_OFF: 1}
+    assert pooled(total.records(), 1.0).answered == pooled(total.records(), 1.0).answers == 5
+
+
+def test_a_request_counts_where_it_was_due_and_its_answer_where_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorder = record(monkeypatch, [(1.5, 2.0, ""), (1.9, 3.0, "timeout")])
+    found = [
+        (item.second - START, sum(item.buckets.values()), dict(item.failures), item.answers)
+        for item in recorder.records()
+    ]
+    assert found == [(1, 1, {"timeout": 1}, 0), (3, 0, {}, 1)]
+
+
+def test_what_was_sent_late_counts_where_it_was_due() -> None:
+    recorder = Recorder()
+    request = requests_of("rest-raw", SAMPLES, "m", grpc=False)[0]
+    second, *_ = recorder.start(request, time.monotonic() - 5)
+    assert second - time.time() == pytest.approx(-5.5, abs=0.6)
+
+
+def test_a_client_gives_up_when_the_timeout_is_over_whatever_it_waits_for() -> None:
+    """The server takes its time to read the request, and does not answer."""
+    timeout, body = 1.5, bytes(32 * 1024 * 1024)
+
+    def read_late(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            time.sleep(1.0)
+            while connection.recv(1024 * 1024):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = threading.Thread(target=read_late, args=(listening,))
+        server.start()
+        client = RestClient(Target(rest=f"http://127.0.0.1:{listening.getsockname()[1]}"), timeout)
+        begun = time.monotonic()
+        reply = client.send(Sendable("/", body))
+        seconds = time.monotonic() - begun
+        client.close()
+        server.join()
+    assert reply.problem == "timeout"
+    assert timeout - 0.1 < seconds < timeout + 0.7
 
 
 def test_a_plan_survives_the_way_to_a_worker() -> None:

@@ -11,6 +11,7 @@ from cxr_loadtests.report import render
 from cxr_loadtests.results import Result, Series, Verdict
 from support.loadtests import START, make_result
 
+_LABELS = ("latency, ms", "requests/s", "stage, ms", "replicas", "queue", "memory, MiB")
 _SVG = "{http://www.w3.org/2000/svg}"
 Group = Literal["stages", "replicas", "queue", "memory"]
 
@@ -38,11 +39,17 @@ def charts() -> dict[str, ET.Element]:
             ],
         }
     )
+    found = charts_of(result)
+    assert len(found) == len(_LABELS)
+    return found
+
+
+def charts_of(result: Result) -> dict[str, ET.Element]:
+    """The charts over time of a run."""
     text = render(result)
     root = ET.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])  # noqa: S314 - ours
     axes = [group for group in root.iter(f"{_SVG}g") if group.get("id", "").startswith("axes_")]
-    labels = ("latency, ms", "requests/s", "stage, ms", "replicas", "queue", "memory, MiB")
-    found = {label: group for group in axes for label in labels if label in words(group)}
+    found = {label: group for group in axes for label in _LABELS if label in words(group)}
     assert list(found.values()) == axes
     return found
 
@@ -105,3 +112,13 @@ def test_client_and_server_share_one_time_axis(charts: dict[str, ET.Element]) ->
         assert places == pytest.approx([marks[0] + scale * (at - seconds[0]) for at in (8, 20)])
     # Half a second after the start is the middle of the clients' first second.
     assert line(charts["latency, ms"], 0)[0][0] == pytest.approx(marks[0] + scale * 0.5)
+
+
+def test_a_pause_of_the_service_is_a_gap_in_throughput() -> None:
+    seconds = [*range(10), *range(20, 30)]
+    result = make_result({second: [0.1] * 20 for second in seconds})
+    found = charts_of(result.model_copy(update={"verdict": Verdict(passed=True, checks=[])}))
+    heights = [y for _, y in line(found["requests/s"], 0)]
+    assert len(set(heights[:10])) == len(set(heights[10:20])) == 1
+    # y grows downwards.
+    assert heights[15] > heights[5] == heights[25]
