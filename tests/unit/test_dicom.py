@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import gdcm
@@ -229,6 +230,21 @@ class TestTransferSyntaxes:
         data = gdcm_compressed(tmp_path, dicom_bytes(pixels), name)
         np.testing.assert_array_equal(shown(data), ramp(pixels, pixels.min(), pixels.max()))
 
+    def test_a_stream_without_unused_bits_has_none_below_its_values(self) -> None:
+        pixels = np.tile(DEEP, (8, 8))
+        dataset = dicom_dataset(pixels, **TWELVE)
+        dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+        dataset.HighBit = 15
+        np.testing.assert_array_equal(shown(dicom_file(dataset)), ramp(pixels, 0, 4095))
+
+    @pytest.mark.parametrize("high_bit", [None, 10, 11])
+    def test_a_high_bit_that_leaves_no_bits_below_the_values(self, high_bit: int | None) -> None:
+        data = dicom_bytes(DEEP, BitsStored=12, HighBit=high_bit)
+        np.testing.assert_array_equal(shown(data), ramp(DEEP, 0, 4095))
+
+    def test_a_high_bit_beyond_a_full_sample(self) -> None:
+        assert decode(dicom_bytes((DEEP // 16).astype(np.uint8), HighBit=15))
+
 
 class TestRefused:
     @pytest.mark.parametrize(
@@ -249,6 +265,11 @@ class TestRefused:
                 "neither grey nor colour",
             ),
             ({"BitsAllocated": 32}, Rejection.UNSUPPORTED_FORMAT, "not of 8 or 16 bits"),
+            (
+                {"BitsStored": 12, "HighBit": 15},
+                Rejection.UNSUPPORTED_FORMAT,
+                "whose High Bit is Bits Stored - 1",
+            ),
             ({"Rows": 9}, Rejection.DAMAGED, "truncated or damaged"),
             ({"SamplesPerPixel": None}, Rejection.DAMAGED, "truncated or damaged"),
         ],
@@ -288,6 +309,15 @@ class TestRefused:
         error = refused(dicom_file(dataset))
         assert error.reason is Rejection.UNSUPPORTED_FORMAT
         assert "compressed in a way that is not supported" in str(error)
+
+    @pytest.mark.parametrize("name", ["RLELossless", "JPEG2000Lossless", "JPEGLosslessProcess14_1"])
+    def test_values_with_unused_bits_below_them_compressed(self, name: str, tmp_path: Path) -> None:
+        data = gdcm_compressed(tmp_path, dicom_bytes(np.tile(DEEP << 4, (4, 4))), name)
+        dataset = pydicom.dcmread(BytesIO(data))
+        dataset.BitsStored = 12
+        error = refused(dicom_file(dataset))
+        assert error.reason is Rejection.UNSUPPORTED_FORMAT
+        assert "whose High Bit is Bits Stored - 1" in str(error)
 
     def test_lossy_jpeg_of_twelve_bits(self) -> None:
         dataset = as_jpeg(dicom_dataset(DEEP, **TWELVE), DEEP.astype(np.uint8))
