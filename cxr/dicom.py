@@ -343,6 +343,7 @@ def _brightness(
         dataset: the file's LUTs and window.
     """
     pixels = _pydicom().pixels
+    _drop_empty(dataset)
     values = pixels.apply_modality_lut(stored, dataset)
     if _has_lut(dataset):
         lut = dataset.VOILUTSequence[0]
@@ -362,6 +363,19 @@ def _brightness(
         lowest, highest = float(occurring.min()), float(occurring.max())
     scale = _WHITE / (highest - lowest) if highest != lowest else 0.0
     return _bytes(np.rint(np.clip((shown - lowest) * scale, 0, _WHITE)))
+
+
+def _drop_empty(dataset: "Dataset") -> None:
+    """Take an empty rescale or VOI LUT Function (0028,1056) for none; pydicom does not.
+
+    An empty value of type 3 means just that (PS3.5 7.4.5).
+    """
+    # Slope (0028,1053) and intercept (0028,1052) have no defaults: one says nothing without the
+    # other, and the stored values are then the best there is.
+    for keywords in (("RescaleSlope", "RescaleIntercept"), ("VOILUTFunction",)):
+        if any(dataset.get(keyword) in (None, "") for keyword in keywords):
+            for keyword in keywords:
+                dataset.pop(keyword, None)
 
 
 def _has_lut(dataset: "Dataset") -> bool:

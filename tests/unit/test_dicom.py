@@ -117,6 +117,18 @@ class TestBrightness:
         data = dicom_bytes(DEEP, WindowCenter=center, WindowWidth=width, **TWELVE)
         np.testing.assert_array_equal(shown(data), ramp(DEEP, 0, 4095))
 
+    @pytest.mark.parametrize("width", [1001, 0.5])
+    def test_an_empty_voi_lut_function_is_none(self, width: float) -> None:
+        window = {"WindowCenter": 2000.5, "WindowWidth": width, **TWELVE}
+        empty = dicom_bytes(DEEP, VOILUTFunction="", **window)
+        np.testing.assert_array_equal(shown(empty), shown(dicom_bytes(DEEP, **window)))
+
+    @pytest.mark.parametrize(("slope", "intercept"), [("", ""), (2, ""), ("", -1000)])
+    def test_an_empty_rescale_is_none(self, slope: object, intercept: object) -> None:
+        window = {"WindowCenter": 2000.5, "WindowWidth": 1001, **TWELVE}
+        empty = dicom_bytes(DEEP, RescaleSlope=slope, RescaleIntercept=intercept, **window)
+        np.testing.assert_array_equal(shown(empty), shown(dicom_bytes(DEEP, **window)))
+
     def test_a_window_counts_in_rescaled_values(self) -> None:
         data = dicom_bytes(
             DEEP, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=3000.5, WindowWidth=2001,
