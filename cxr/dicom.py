@@ -343,10 +343,14 @@ def _brightness(
         dataset: the file's LUTs and window.
     """
     pixels = _pydicom().pixels
+    little_endian = dataset.file_meta.TransferSyntaxUID.is_little_endian
     _drop_empty(dataset)
+    if dataset.get("ModalityLUTSequence"):
+        _unpack_lut(dataset.ModalityLUTSequence[0], little_endian)
     values = pixels.apply_modality_lut(stored, dataset)
     if _has_lut(dataset):
         lut = dataset.VOILUTSequence[0]
+        _unpack_lut(lut, little_endian)
         entries, first, bits = lut.LUTDescriptor
         # pydicom looks up by numbers as small as the table's entries, which need not be enough.
         lut.LUTDescriptor = [entries, first, 16]
@@ -376,6 +380,26 @@ def _drop_empty(dataset: "Dataset") -> None:
         if any(dataset.get(keyword) in (None, "") for keyword in keywords):
             for keyword in keywords:
                 dataset.pop(keyword, None)
+
+
+def _unpack_lut(lut: "Dataset", little_endian: bool) -> None:
+    """Give each entry of a LUT of 8 bits a word of its own, where two share one.
+
+    The standard packs them so in LUT Data (0028,3006), the first in the low byte (PS3.3 C.11.1.1.1
+    and C.11.2.1.1), but pydicom reads words. Writers differ; the number of words tells.
+    """
+    entries, _, bits = lut.LUTDescriptor
+    if bits != 8:  # noqa: PLR2004
+        return
+    entries = entries or 2**16
+    order = "<" if little_endian else ">"
+    # Of VR OW, words are bytes; of US, numbers.
+    data = lut.LUTData
+    words = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.ravel(data)
+    if len(words) == (entries + 1) // 2:
+        # An odd number of entries ends in a byte of padding.
+        unpacked = words.astype("<u2").view(np.uint8)[:entries]
+        lut.add_new("LUTData", "OW", unpacked.astype(f"{order}u2").tobytes())
 
 
 def _has_lut(dataset: "Dataset") -> bool:

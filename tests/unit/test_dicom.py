@@ -51,6 +51,14 @@ def lut(values: list[int], first: int = 0, bits: int = 16) -> Dataset:
     return item
 
 
+def packed(values: list[int], first: int = 0, order: str = "<") -> Dataset:
+    """A LUT of 8 bits with two entries a word, the first of them in its low byte."""
+    words = np.frombuffer(bytes(values) + bytes(len(values) % 2), "<u2").astype(f"{order}u2")
+    item = lut(values, first, bits=8)
+    item.add_new("LUTData", "OW", words.tobytes())
+    return item
+
+
 def ramp(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.rint(np.clip((values.astype(float) - low) / (high - low), 0, 1) * 255).astype(int)
 
@@ -154,6 +162,28 @@ class TestBrightness:
             RescaleSlope=1, RescaleIntercept=0, **TWELVE,
         )  # fmt: skip
         np.testing.assert_allclose(shown(data), ramp((DEEP / 4095) ** 2, 0, 1), atol=1)
+
+    @pytest.mark.parametrize("entries", [4096, 4095])
+    @pytest.mark.parametrize("keyword", ["ModalityLUTSequence", "VOILUTSequence"])
+    def test_a_lut_of_two_entries_a_word(self, keyword: str, entries: int) -> None:
+        table = [255 - value // 16 for value in range(entries)]
+        data = dicom_bytes(DEEP, **{keyword: [packed(table)]}, **TWELVE)
+        np.testing.assert_array_equal(shown(data), 255 - DEEP // 16)
+
+    @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian])
+    def test_a_lut_of_two_entries_a_word_in_other_encodings(self, syntax: str) -> None:
+        order = ">" if syntax == ExplicitVRBigEndian else "<"
+        table = [255 - value // 16 for value in range(4096)]
+        dataset = dicom_dataset(DEEP, VOILUTSequence=[packed(table, order=order)], **TWELVE)
+        dataset.PixelData = DEEP.astype(f"{order}u2").tobytes()
+        dataset.file_meta.TransferSyntaxUID = syntax
+        np.testing.assert_array_equal(shown(dicom_file(dataset)), 255 - DEEP // 16)
+
+    def test_a_lut_of_two_entries_a_word_as_numbers(self) -> None:
+        item = packed([255 - value // 16 for value in range(4096)])
+        item.add_new("LUTData", "US", np.frombuffer(item.LUTData, "<u2").tolist())
+        data = dicom_bytes(DEEP, VOILUTSequence=[item], **TWELVE)
+        np.testing.assert_array_equal(shown(data), 255 - DEEP // 16)
 
     def test_values_beyond_a_voi_lut_take_its_ends(self) -> None:
         data = dicom_bytes(DEEP, VOILUTSequence=[lut([1000, 60000], first=2000)], **TWELVE)
