@@ -218,16 +218,40 @@ def _check_pixels(dataset: "Dataset", max_pixels: int) -> None:
     grey_only = plugins == (_ABORTING,) and samples > 1
     if not plugins or deep_lossy or grey_only:
         raise _unsupported("compressed in a way that is not supported")
-    size = (dataset.Columns, dataset.Rows)
+    size, precision = (dataset.Columns, dataset.Rows), dataset.BitsAllocated
     if syntax.is_encapsulated:
-        stream_size = _stream_size(dataset)
+        stream_size, precision = _stream_format(dataset)
         size = (max(size[0], stream_size[0]), max(size[1], stream_size[1]))
     if size[0] * size[1] > max_pixels:
         raise too_many_pixels(max_pixels)
+    if _is_raised(dataset, precision):
+        raise BadImageError(
+            Rejection.UNSUPPORTED_FORMAT,
+            "DICOM images whose values are not in the low bits of each sample are not accepted; "
+            "send one whose High Bit is Bits Stored - 1.",
+        )
 
 
-def _stream_size(dataset: "Dataset") -> tuple[int, int]:
-    """Width and height in the compressed stream: decoders allocate those, not the header's."""
+def _is_raised(dataset: "Dataset", precision: int) -> bool:
+    """Whether values have unused bits below them, by High Bit (0028,0102; PS3.5 8.1.1).
+
+    pydicom does not know High Bit: it takes the lowest Bits Stored (0028,0101), cutting off the top
+    of such values.
+
+    Args:
+        dataset: with the tags `BitsStored` and, if it is known, `HighBit`.
+        precision: bits of a sample as it lies in the file. Where all of them are stored, as in
+            many compressed streams, there is no room below, whatever High Bit says.
+    """
+    high_bit = dataset.get("HighBit")
+    return high_bit is not None and min(high_bit, precision - 1) >= dataset.BitsStored
+
+
+def _stream_format(dataset: "Dataset") -> tuple[tuple[int, int], int]:
+    """Width and height in the compressed stream, and the bits of a sample there.
+
+    Decoders allocate that size, not the header's.
+    """
     pydicom = _pydicom()
     # Not public, but the only header reader for JPEG-LS and JPEG of more than 8 bits.
     from pydicom.pixels.utils import _get_jpg_parameters  # noqa: PLC0415
@@ -239,12 +263,13 @@ def _stream_size(dataset: "Dataset") -> tuple[int, int]:
         raw = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * dataset.BitsAllocated // 8
         if len(frame) > 2 * raw + 64:
             raise _damaged()
-        return dataset.Columns, dataset.Rows
+        return (dataset.Columns, dataset.Rows), dataset.BitsAllocated
     if frame.startswith(_JPEG):
         parameters = _get_jpg_parameters(frame)
-        return parameters["width"], parameters["height"]
+        return (parameters["width"], parameters["height"]), parameters["precision"]
+    precision = pydicom.pixels.utils.get_j2k_parameters(frame)["precision"]
     with Image.open(BytesIO(frame), formats=["JPEG2000"]) as image:
-        return image.size
+        return image.size, precision
 
 
 def _plugins(syntax: "UID") -> tuple[str, ...]:
@@ -318,9 +343,14 @@ def _brightness(
         dataset: the file's LUTs and window.
     """
     pixels = _pydicom().pixels
+    little_endian = dataset.file_meta.TransferSyntaxUID.is_little_endian
+    _drop_empty(dataset)
+    if dataset.get("ModalityLUTSequence"):
+        _unpack_lut(dataset.ModalityLUTSequence[0], little_endian)
     values = pixels.apply_modality_lut(stored, dataset)
     if _has_lut(dataset):
         lut = dataset.VOILUTSequence[0]
+        _unpack_lut(lut, little_endian)
         entries, first, bits = lut.LUTDescriptor
         # pydicom looks up by numbers as small as the table's entries, which need not be enough.
         lut.LUTDescriptor = [entries, first, 16]
@@ -337,6 +367,39 @@ def _brightness(
         lowest, highest = float(occurring.min()), float(occurring.max())
     scale = _WHITE / (highest - lowest) if highest != lowest else 0.0
     return _bytes(np.rint(np.clip((shown - lowest) * scale, 0, _WHITE)))
+
+
+def _drop_empty(dataset: "Dataset") -> None:
+    """Take an empty rescale or VOI LUT Function (0028,1056) for none; pydicom does not.
+
+    An empty value of type 3 means just that (PS3.5 7.4.5).
+    """
+    # Slope (0028,1053) and intercept (0028,1052) have no defaults: one says nothing without the
+    # other, and the stored values are then the best there is.
+    for keywords in (("RescaleSlope", "RescaleIntercept"), ("VOILUTFunction",)):
+        if any(dataset.get(keyword) in (None, "") for keyword in keywords):
+            for keyword in keywords:
+                dataset.pop(keyword, None)
+
+
+def _unpack_lut(lut: "Dataset", little_endian: bool) -> None:
+    """Give each entry of a LUT of 8 bits a word of its own, where two share one.
+
+    The standard packs them so in LUT Data (0028,3006), the first in the low byte (PS3.3 C.11.1.1.1
+    and C.11.2.1.1), but pydicom reads words. Writers differ; the number of words tells.
+    """
+    entries, _, bits = lut.LUTDescriptor
+    if bits != 8:  # noqa: PLR2004
+        return
+    entries = entries or 2**16
+    order = "<" if little_endian else ">"
+    # Of VR OW, words are bytes; of US, numbers.
+    data = lut.LUTData
+    words = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.ravel(data)
+    if len(words) == (entries + 1) // 2:
+        # An odd number of entries ends in a byte of padding.
+        unpacked = words.astype("<u2").view(np.uint8)[:entries]
+        lut.add_new("LUTData", "OW", unpacked.astype(f"{order}u2").tobytes())
 
 
 def _has_lut(dataset: "Dataset") -> bool:

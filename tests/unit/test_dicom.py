@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import gdcm
@@ -47,6 +48,14 @@ def lut(values: list[int], first: int = 0, bits: int = 16) -> Dataset:
     item = Dataset()
     item.add_new("LUTDescriptor", "US", [len(values), first, bits])
     item.add_new("LUTData", "US", values)
+    return item
+
+
+def packed(values: list[int], first: int = 0, order: str = "<") -> Dataset:
+    """A LUT of 8 bits with two entries a word, the first of them in its low byte."""
+    words = np.frombuffer(bytes(values) + bytes(len(values) % 2), "<u2").astype(f"{order}u2")
+    item = lut(values, first, bits=8)
+    item.add_new("LUTData", "OW", words.tobytes())
     return item
 
 
@@ -116,6 +125,18 @@ class TestBrightness:
         data = dicom_bytes(DEEP, WindowCenter=center, WindowWidth=width, **TWELVE)
         np.testing.assert_array_equal(shown(data), ramp(DEEP, 0, 4095))
 
+    @pytest.mark.parametrize("width", [1001, 0.5])
+    def test_an_empty_voi_lut_function_is_none(self, width: float) -> None:
+        window = {"WindowCenter": 2000.5, "WindowWidth": width, **TWELVE}
+        empty = dicom_bytes(DEEP, VOILUTFunction="", **window)
+        np.testing.assert_array_equal(shown(empty), shown(dicom_bytes(DEEP, **window)))
+
+    @pytest.mark.parametrize(("slope", "intercept"), [("", ""), (2, ""), ("", -1000)])
+    def test_an_empty_rescale_is_none(self, slope: object, intercept: object) -> None:
+        window = {"WindowCenter": 2000.5, "WindowWidth": 1001, **TWELVE}
+        empty = dicom_bytes(DEEP, RescaleSlope=slope, RescaleIntercept=intercept, **window)
+        np.testing.assert_array_equal(shown(empty), shown(dicom_bytes(DEEP, **window)))
+
     def test_a_window_counts_in_rescaled_values(self) -> None:
         data = dicom_bytes(
             DEEP, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=3000.5, WindowWidth=2001,
@@ -141,6 +162,28 @@ class TestBrightness:
             RescaleSlope=1, RescaleIntercept=0, **TWELVE,
         )  # fmt: skip
         np.testing.assert_allclose(shown(data), ramp((DEEP / 4095) ** 2, 0, 1), atol=1)
+
+    @pytest.mark.parametrize("entries", [4096, 4095])
+    @pytest.mark.parametrize("keyword", ["ModalityLUTSequence", "VOILUTSequence"])
+    def test_a_lut_of_two_entries_a_word(self, keyword: str, entries: int) -> None:
+        table = [255 - value // 16 for value in range(entries)]
+        data = dicom_bytes(DEEP, **{keyword: [packed(table)]}, **TWELVE)
+        np.testing.assert_array_equal(shown(data), 255 - DEEP // 16)
+
+    @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian])
+    def test_a_lut_of_two_entries_a_word_in_other_encodings(self, syntax: str) -> None:
+        order = ">" if syntax == ExplicitVRBigEndian else "<"
+        table = [255 - value // 16 for value in range(4096)]
+        dataset = dicom_dataset(DEEP, VOILUTSequence=[packed(table, order=order)], **TWELVE)
+        dataset.PixelData = DEEP.astype(f"{order}u2").tobytes()
+        dataset.file_meta.TransferSyntaxUID = syntax
+        np.testing.assert_array_equal(shown(dicom_file(dataset)), 255 - DEEP // 16)
+
+    def test_a_lut_of_two_entries_a_word_as_numbers(self) -> None:
+        item = packed([255 - value // 16 for value in range(4096)])
+        item.add_new("LUTData", "US", np.frombuffer(item.LUTData, "<u2").tolist())
+        data = dicom_bytes(DEEP, VOILUTSequence=[item], **TWELVE)
+        np.testing.assert_array_equal(shown(data), 255 - DEEP // 16)
 
     def test_values_beyond_a_voi_lut_take_its_ends(self) -> None:
         data = dicom_bytes(DEEP, VOILUTSequence=[lut([1000, 60000], first=2000)], **TWELVE)
@@ -229,6 +272,21 @@ class TestTransferSyntaxes:
         data = gdcm_compressed(tmp_path, dicom_bytes(pixels), name)
         np.testing.assert_array_equal(shown(data), ramp(pixels, pixels.min(), pixels.max()))
 
+    def test_a_stream_without_unused_bits_has_none_below_its_values(self) -> None:
+        pixels = np.tile(DEEP, (8, 8))
+        dataset = dicom_dataset(pixels, **TWELVE)
+        dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+        dataset.HighBit = 15
+        np.testing.assert_array_equal(shown(dicom_file(dataset)), ramp(pixels, 0, 4095))
+
+    @pytest.mark.parametrize("high_bit", [None, 10, 11])
+    def test_a_high_bit_that_leaves_no_bits_below_the_values(self, high_bit: int | None) -> None:
+        data = dicom_bytes(DEEP, BitsStored=12, HighBit=high_bit)
+        np.testing.assert_array_equal(shown(data), ramp(DEEP, 0, 4095))
+
+    def test_a_high_bit_beyond_a_full_sample(self) -> None:
+        assert decode(dicom_bytes((DEEP // 16).astype(np.uint8), HighBit=15))
+
 
 class TestRefused:
     @pytest.mark.parametrize(
@@ -249,6 +307,11 @@ class TestRefused:
                 "neither grey nor colour",
             ),
             ({"BitsAllocated": 32}, Rejection.UNSUPPORTED_FORMAT, "not of 8 or 16 bits"),
+            (
+                {"BitsStored": 12, "HighBit": 15},
+                Rejection.UNSUPPORTED_FORMAT,
+                "whose High Bit is Bits Stored - 1",
+            ),
             ({"Rows": 9}, Rejection.DAMAGED, "truncated or damaged"),
             ({"SamplesPerPixel": None}, Rejection.DAMAGED, "truncated or damaged"),
         ],
@@ -288,6 +351,15 @@ class TestRefused:
         error = refused(dicom_file(dataset))
         assert error.reason is Rejection.UNSUPPORTED_FORMAT
         assert "compressed in a way that is not supported" in str(error)
+
+    @pytest.mark.parametrize("name", ["RLELossless", "JPEG2000Lossless", "JPEGLosslessProcess14_1"])
+    def test_values_with_unused_bits_below_them_compressed(self, name: str, tmp_path: Path) -> None:
+        data = gdcm_compressed(tmp_path, dicom_bytes(np.tile(DEEP << 4, (4, 4))), name)
+        dataset = pydicom.dcmread(BytesIO(data))
+        dataset.BitsStored = 12
+        error = refused(dicom_file(dataset))
+        assert error.reason is Rejection.UNSUPPORTED_FORMAT
+        assert "whose High Bit is Bits Stored - 1" in str(error)
 
     def test_lossy_jpeg_of_twelve_bits(self) -> None:
         dataset = as_jpeg(dicom_dataset(DEEP, **TWELVE), DEEP.astype(np.uint8))
