@@ -67,6 +67,9 @@ _BITS_ALLOCATED = (8, 16)
 _WHITE = 255
 # How a stream of JPEG or JPEG-LS begins; the other streams are JPEG 2000.
 _JPEG = b"\xff\xd8"
+# The first box of a JP2 file, and the boxes before its stream at most; usually there are two.
+_JP2 = b"\x00\x00\x00\x0cjP  "
+_MOST_BOXES = 100
 
 # GDCM decodes what no other plugin does, lossless JPEG and JPEG-LS, but ends the process on many
 # damaged streams. So it gets a process of its own, which reads the file from its standard input.
@@ -267,9 +270,29 @@ def _stream_format(dataset: "Dataset") -> tuple[tuple[int, int], int]:
     if frame.startswith(_JPEG):
         parameters = _get_jpg_parameters(frame)
         return (parameters["width"], parameters["height"]), parameters["precision"]
+    _check_boxes(frame)
     precision = pydicom.pixels.utils.get_j2k_parameters(frame)["precision"]
     with Image.open(BytesIO(frame), formats=["JPEG2000"]) as image:
         return image.size, precision
+
+
+def _check_boxes(frame: bytes) -> None:
+    """Refuse a JP2 file, in which a JPEG 2000 stream may lie, that pydicom would read for ever.
+
+    A box begins with its length of 4 bytes, itself included, and its type (ISO/IEC 15444-1, I.4);
+    pydicom goes from box to box by these lengths, whatever they are.
+    """
+    if not frame.startswith(_JP2):
+        return
+    place = 0
+    for _ in range(_MOST_BOXES):
+        if place >= len(frame) or frame[place + 4 : place + 8] == b"jp2c":
+            return
+        length = int.from_bytes(frame[place : place + 4], "big")
+        if length < len(_JP2):
+            break
+        place += length
+    raise _damaged()
 
 
 def _plugins(syntax: "UID") -> tuple[str, ...]:

@@ -11,7 +11,9 @@ import gdcm
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     JPEG2000,
     MPEG4HP41,
@@ -469,3 +471,44 @@ def test_each_sample_file_of_pydicom_is_answered_or_refused() -> None:
     assert as_radiographs["answered"] > 70
     assert as_radiographs["damaged"] > 0
     assert as_radiographs["multiple_frames"] > 0
+
+
+def in_jp2(box: bytes) -> bytes:
+    """A DICOM file whose JPEG 2000 stream lies in a JP2 file, behind this box."""
+    pixels = np.arange(4096, dtype=np.uint8).reshape(64, 64)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG2000")
+    before, mark, after = buffer.getvalue().partition(b"jp2c")
+    stream = before[:-4] + box + before[-4:] + mark + after
+    dataset = dicom_dataset(pixels)
+    dataset.PixelData = encapsulate([stream])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    return dicom_file(dataset)
+
+
+def test_a_stream_in_a_jp2_file() -> None:
+    """DICOM wants the stream alone (PS3.5, A.4.4); some write the file."""
+    free = (12).to_bytes(4, "big") + b"free" + bytes(4)
+    for box in (b"", free):
+        assert np.array_equal(
+            to_array(decode(in_jp2(box))).ravel(), np.arange(4096, dtype=np.uint8)
+        )
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "box",
+    [
+        bytes(4) + b"free",
+        (4).to_bytes(4, "big") + b"free",
+        200 * ((8).to_bytes(4, "big") + b"free"),
+    ],
+    ids=["of no length", "shorter than its head", "very many"],
+)
+def test_boxes_of_a_jp2_file_that_do_not_end(box: bytes) -> None:
+    """pydicom would look for the stream for ever."""
+    with pytest.raises(BadImageError) as refused:
+        decode(in_jp2(box))
+    assert refused.value.reason is Rejection.DAMAGED
