@@ -387,7 +387,7 @@ def test_keys_on_sqlite_outlive_another_database_and_a_release_without_the_porta
     portal.rolled_out()
     with portal.http() as http:
         wait_for(lambda: http.get("/v1/models").status_code == 200, "the key of before", 60)
-    keys = json.loads(portal.execute("cxr", "portal", "keys", "list", "--json"))
+    keys = json.loads(portal.execute("cxr", "portal", "keys", "list", "--json"))["keys"]
     # That of the first installation, before the one on PostgreSQL, is among them.
     assert [key["name"] for key in keys].count("e2e") == 2
 
