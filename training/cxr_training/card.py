@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cxr.config import Interval, ModelConfig
 from cxr_training.folds import CV_FILE, LOSO_FILE, FoldSummary, read_folds
-from cxr_training.runs import RUN_FILE, Run
+from cxr_training.runs import Run, is_current
 from cxr_training.shortcuts import SHORTCUTS_FILE, ShortcutAudit, read_audit
 
 _TEMPLATE = "model_card.md.j2"
@@ -49,7 +49,7 @@ def card_facts(folder: Path) -> CardFacts:
     fresh = {
         name: folder / name
         for name in (CV_FILE, LOSO_FILE, SHORTCUTS_FILE)
-        if _newer(folder / name, folder / RUN_FILE)
+        if is_current(folder / name)
     }
     return CardFacts(
         folds=read_folds(fresh[CV_FILE]) if CV_FILE in fresh else (),
@@ -136,10 +136,6 @@ def _confounding(frame: pd.DataFrame) -> tuple[str, ...]:
         general,
         f"All images of these sources have one and the same label: {', '.join(single)}.",
     )
-
-
-def _newer(path: Path, run: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime >= run.stat().st_mtime
 
 
 def _interval(interval: Interval | None) -> str:

@@ -377,7 +377,7 @@ def _write(
         target = folder if out.suffix == ".mar" else out
         if target is out and out.exists() and not out.is_dir():
             raise TrainingError(f"{out} is a file; a bundle is written to a folder.")
-        with staged(target) as files:
+        with staged(target, optional=(CARD_FILE,)) as files:
             shutil.copyfile(graph, files / config.graph.file)
             if card is not None and config.compilation is not None:
                 text = card + _card_section(config.compilation)

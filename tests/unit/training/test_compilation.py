@@ -1,6 +1,7 @@
 """`cxr compile`: what it tries, what it refuses, and what it writes down."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,14 @@ def test_a_graph_that_answers_no_numbers_is_refused_by_any_gate(
     assert [candidate.passed for candidate in found.candidates] == [True, False]
     assert found.candidates[1].difference_max == (1 if of == "graph" else 0)
     assert load_config(tmp_path / "out").graph.sha256 == config.graph.sha256
+
+
+def test_no_card_of_another_model_stays(bundle: Path, manifest: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(bundle, tmp_path / "bare"))
+    (bare / CARD_FILE).unlink()
+    out = Path(shutil.copytree(bundle, tmp_path / "out"))
+    compile_bundle(bare, manifest, out, gate=LOOSE)
+    assert not (out / CARD_FILE).exists()
 
 
 def test_another_models_manifest_is_refused(bundle: Path, run: Run, tmp_path: Path) -> None:

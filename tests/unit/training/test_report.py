@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -20,7 +21,11 @@ from cxr_training.shortcuts import read_audit
 
 @pytest.fixture(scope="module")
 def reported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(run_folder, tmp_path_factory.mktemp("reported") / "run"))
+    folder = Path(shutil.copytree(run_folder, tmp_path_factory.mktemp("reported") / "run"))
+    for name in ("cv.json", "loso.json"):
+        (folder / name).write_text("of an earlier run", encoding="utf-8")
+        os.utime(folder / name, (0, 0))
+    return folder
 
 
 @pytest.fixture(scope="module")
