@@ -15,7 +15,12 @@ from tqdm import tqdm
 from cxr.decode import decode
 from cxr.errors import BadImageError, Rejection
 from cxr_training.data.errors import DataError
-from cxr_training.data.grouping import NearDuplicates, assign_groups, near_duplicates
+from cxr_training.data.grouping import (
+    NearDuplicates,
+    assign_groups,
+    near_duplicates,
+    rename_groups,
+)
 from cxr_training.data.labels import DEFAULT_TASK, find_task
 from cxr_training.data.readers import (
     NOT_A_RADIOGRAPH,
@@ -83,7 +88,7 @@ def build_manifest(
 
     Images that cannot be decoded are left out and counted. Of byte-identical images within a
     source, the first by path stays; if their findings differ, none does. Groups are found among
-    all images, then those that the task has no class for are left out.
+    all images, before copies and those that the task has no class for are left out.
 
     Args:
         folders: one folder for each data set.
@@ -149,11 +154,13 @@ def assemble_manifest(
         if not usable:
             raise DataError(f"{folder} holds no image that can be used.")
         rows += usable
-    frame = _without_duplicates(pd.DataFrame(rows).sort_values(["source", "path"]), excluded)
+    frame = pd.DataFrame(rows).sort_values(["source", "path"])
+    # Of all: a copy that is left out may be what shows that two patients are one.
+    frame["group"] = assign_groups(frame, near_duplicates)
+    frame = _without_duplicates(frame, excluded)
     if frame.empty:
         raise DataError("No image is left: all have copies with another finding.")
-    frame = frame.reset_index(drop=True)
-    frame["group"] = assign_groups(frame, near_duplicates)
+    frame = frame.assign(group=rename_groups(frame)).reset_index(drop=True)
     report = relabel(frame.assign(label=""), task)
     excluded.update(report.excluded)
     counts = dict(sorted(excluded.items()))
