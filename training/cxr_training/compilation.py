@@ -141,10 +141,15 @@ def _as_bundle(source: Path) -> Iterator[Path]:
 
 
 def _check_manifest(frame: pd.DataFrame, config: ModelConfig) -> None:
-    if "split" not in frame or manifest_digest(frame) != config.training_data.manifest_sha256:
+    data = config.training_data
+    same = "split" in frame and manifest_digest(frame) == data.manifest_sha256
+    # Other splits of the same images would let the gate judge on those of training.
+    if same and data.splits_sha256 is not None:
+        same = manifest_digest(frame, splits=True) == data.splits_sha256
+    if not same:
         raise TrainingError(
-            "This is not the manifest that the model was trained on; give manifest.parquet of its "
-            "run folder."
+            "This is not the manifest that the model was trained on, with its splits; give "
+            "manifest.parquet of its run folder."
         )
 
 

@@ -190,6 +190,9 @@ def test_digest_ignores_place_and_order_but_not_content(tmp_path, phantom_tree, 
     assert manifest_digest(frame.sample(frac=1, random_state=0)) == digest
     relabelled = frame.assign(label=frame["label"].where(frame.index > 0, "Other"))
     assert manifest_digest(relabelled) != digest
+    train, test = frame.assign(split="train"), frame.assign(split="test")
+    assert manifest_digest(train) == manifest_digest(test) == digest
+    assert manifest_digest(train, splits=True) != manifest_digest(test, splits=True)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ from onnx import helper, numpy_helper
 import cxr_training.compilation as compilation_module
 from cxr.answer import Options, Prediction
 from cxr.config import Compilation, ModelConfig, file_sha256, load_config
-from cxr.engine import CPU, CUDA, TENSORRT, Engine
+from cxr.engine import CONFIG_FILE, CPU, CUDA, TENSORRT, Engine
 from cxr.errors import ModelLoadError, Rejection
 from cxr.mar import CARD_FILE, verify
 from cxr.quality import PIXEL_REASONS
 from cxr_archive.packager import pack
 from cxr_training.compilation import ORIGINAL, Gate, compile_bundle
 from cxr_training.compile_cli import compile_command
+from cxr_training.data import write_manifest
 from cxr_training.errors import TrainingError
 from cxr_training.runs import Run
 from support.bundles import config_document, graph_bytes
@@ -224,6 +225,26 @@ def test_another_models_manifest_is_refused(bundle: Path, run: Run, tmp_path: Pa
     with pytest.raises(TrainingError, match="not the manifest that the model was trained on"):
         compile_bundle(bundle, tmp_path / "other.parquet", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_same_images_under_other_splits_are_refused(
+    bundle: Path, run: Run, tmp_path: Path
+) -> None:
+    other = {"train": "validation", "validation": "train"}
+    write_manifest(run.frame.replace({"split": other}), tmp_path / "manifest.parquet")
+    with pytest.raises(TrainingError, match="not the manifest"):
+        compile_bundle(bundle, tmp_path / "manifest.parquet", tmp_path / "out")
+
+
+def test_an_archive_without_digest_of_the_splits_compiles(
+    bundle: Path, manifest: Path, tmp_path: Path
+) -> None:
+    old = Path(shutil.copytree(bundle, tmp_path / "old"))
+    document = json.loads((old / CONFIG_FILE).read_text())
+    del document["training_data"]["splits_sha256"]
+    (old / CONFIG_FILE).write_text(json.dumps(document))
+    compile_bundle(old, manifest, tmp_path / "out")
+    assert load_config(tmp_path / "out").training_data.splits_sha256 is None
 
 
 def test_a_compiled_model_is_not_compiled_again(

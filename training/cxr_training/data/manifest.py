@@ -297,12 +297,17 @@ def read_manifest(path: Path) -> pd.DataFrame:
     return validate_manifest(frame)
 
 
-def manifest_digest(frame: pd.DataFrame) -> str:
+def manifest_digest(frame: pd.DataFrame, *, splits: bool = False) -> str:
     """SHA-256 over what the manifest says about the images, in hexadecimal.
 
     It covers file hash, label, source, patient and group, and depends neither on where the files
     lie nor on the order of the rows.
+
+    Args:
+        frame: a manifest.
+        splits: cover each image's split, too.
     """
-    table = frame[_DIGEST_COLUMNS].fillna("").sort_values(_DIGEST_COLUMNS)
+    columns = [*_DIGEST_COLUMNS, *(["split"] if splits else [])]
+    table = frame[columns].fillna("").sort_values(columns)
     text = table.to_json(orient="values", force_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
