@@ -50,6 +50,17 @@ def _default_cache() -> Path:
     return Path(home) / "cxr-serve" / "features"
 
 
+# Options that say something about a model, which a cross-validation does not keep.
+_OF_A_MODEL = ("split", "tabular", "name", "version")
+
+
+def _given(names: "Sequence[str]") -> list[str]:
+    """Those of the current command's options that were given, as they are typed."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return [f"--{name}" for name in names if context.get_parameter_source(name) != default]
+
+
 _cache_option = click.option(
     "--cache", type=FOLDER, default=_default_cache, show_default="user's cache folder",
     help="Folder that keeps extracted features, so that a second run takes seconds.",
@@ -92,7 +103,7 @@ _cache_option = click.option(
 )  # fmt: skip
 @click.option(
     "--seeds", type=click.IntRange(1, 20), default=1, show_default=True,
-    help="Cross-validations, from --seed upward.",
+    help="With --cv: so many cross-validations, from --seed upward.",
 )  # fmt: skip
 @click.option(
     "--leave-one-source-out", "by_source", is_flag=True,
@@ -134,6 +145,11 @@ def train(
         raise click.UsageError("Give either --cv or --leave-one-source-out.")
     if out is None and not (folds or by_source):
         raise click.UsageError("Give --out: the run folder to write.")
+    if seeds > 1 and not folds:
+        raise click.UsageError("--seeds counts cross-validations; it goes with --cv only.")
+    if (folds or by_source) and (ignored := _given(_OF_A_MODEL)):
+        kind = "--cv" if folds else "--leave-one-source-out"
+        raise click.UsageError(f"{' and '.join(ignored)} cannot be combined with {kind}.")
     with clear_errors():
         from cxr_training.data import build_manifest, read_manifest  # noqa: PLC0415
         from cxr_training.recipes import adapted, load_recipe  # noqa: PLC0415
