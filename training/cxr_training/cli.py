@@ -197,6 +197,7 @@ def train(
             f"test accuracy of the image alone {ablation.image:.3f}, with age, sex and view "
             f"{ablation.image_and_tabular:.3f}, of age, sex and view alone {ablation.tabular:.3f}"
         )
+    _warn_temperature(run)
     _warn_synthetic(run)
     click.echo(f"Wrote {out}.")
 
@@ -407,6 +408,16 @@ def _print_metrics(metrics: "Metrics") -> None:
 
 def _cell(interval: "Interval | None") -> str:
     return _with_interval(interval).replace("95 % ", "") if interval else "-"
+
+
+def _warn_temperature(run: "Run") -> None:
+    from cxr_training.calibration import at_bound  # noqa: PLC0415
+
+    if at_bound(temperature := run.record.head.temperature):
+        click.echo(
+            f"The temperature ended at its bound, {temperature:.3g}: the validation split does not "
+            "fit one, and the probabilities mean little."
+        )
 
 
 def _warn_synthetic(run: "Run") -> None:

@@ -179,7 +179,7 @@ def collect(
     probabilities = predict_proba(run, test, cache=cache)
     names = validation["label"].to_numpy(dtype=str)
     temperature = float(run.record.head.model_dump().get("temperature", 1.0))
-    calibrated = temperature != 1.0
+    calibrated = run.record.settings.recipe.calibration != "none"
     uncalibrated = apply_temperature(probabilities, 1 / temperature)
     if not calibrated:
         temperature = fit_temperature(on_validation, names, labels)
