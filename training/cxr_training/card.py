@@ -30,9 +30,11 @@ class CardFacts:
         sources_out: leave-one-source-out, likewise.
         audit: of shortcuts.
         parted: groups that stand in more than one split, as in a split by image.
+        unknown: images whose patient is not known.
     """
 
     parted: int = 0
+    unknown: int = 0
     folds: tuple[FoldSummary, ...] = ()
     sources_out: tuple[FoldSummary, ...] = ()
     audit: ShortcutAudit | None = None
@@ -84,6 +86,11 @@ def parted_groups(frame: pd.DataFrame) -> int:
     return int((frame.groupby("group")["split"].nunique() > 1).sum())
 
 
+def unknown_patients(frame: pd.DataFrame) -> int:
+    """Images whose patient is not known, so that only likeness keeps them with their relatives."""
+    return int(frame["patient"].isna().sum())
+
+
 def intended_use(*, synthetic: bool) -> str:
     """What a model may be used for."""
     if synthetic:
@@ -113,12 +120,27 @@ def limitations(run: Run) -> tuple[str, ...]:
         *_confounding(run.frame),
         "Public labels are noisy; those of the NIH collection were mined from reports and not "
         "read again from the images.",
-        "Metrics come from held-out images of the same patients: they flatter the model."
-        if parted_groups(run.frame)
-        else "Metrics come from held-out patients of the same sources; expect worse at another "
-        "hospital, and look at the metrics per source.",
+        *_held_out(run.frame),
         "Thresholds and probabilities fit the class frequencies of the training data, not of any "
         "clinic: probabilities are not risks.",
+    )
+
+
+def _held_out(frame: pd.DataFrame) -> tuple[str, ...]:
+    """What the test split keeps apart from training, and what it may not."""
+    if parted_groups(frame):
+        return ("Metrics come from held-out images of the same patients: they flatter the model.",)
+    unknown = unknown_patients(frame)
+    where = (
+        f"Metrics come from held-out {'groups' if unknown else 'patients'} of the same sources; "
+        "expect worse at another hospital, and look at the metrics per source."
+    )
+    if not unknown:
+        return (where,)
+    return (
+        where,
+        f"The patient of {unknown} of {len(frame)} images is not known: images of one patient that "
+        "do not look alike may stand in training and test, and the metrics may flatter the model.",
     )
 
 

@@ -184,14 +184,15 @@ def train(
         print_json({"out": str(out), **_train_summary(run)})
         return
     head = run.record.head
+    unit = _unit(run.frame, run.record.settings.split)
     picked = ", ".join(f"{name} = {value:.3g}" for name, value in head.parameters.items())
     how = (
-        f"{head.folds}-fold cross-validation by {_unit(run)} on the training split"
+        f"{head.folds}-fold cross-validation by {unit} on the training split"
         if head.folds
         else f"Validation split, best of {len(run.record.history)} epochs"
     )
     click.echo(f"{how}: accuracy {head.accuracy:.3f}, {picked}")
-    click.echo(_headline(run.metrics, by=_unit(run)))
+    click.echo(_headline(run.metrics, by=unit))
     if (ablation := run.record.ablation) is not None:
         click.echo(
             f"test accuracy of the image alone {ablation.image:.3f}, with age, sex and view "
@@ -236,7 +237,7 @@ def evaluate(run_folder: Path, split: str, cache: Path, as_json: bool) -> None:
     if as_json:
         click.echo(metrics.model_dump_json())
         return
-    click.echo(_headline(metrics, by=_unit(run)))
+    click.echo(_headline(metrics, by=_unit(run.frame, run.record.settings.split)))
     _print_metrics(metrics)
     _warn_synthetic(run)
 
@@ -305,7 +306,7 @@ def _validate(
         document = FoldDocument(summaries=summaries).model_dump(mode="json")
         print_json(document | {"published": [figure._asdict() for figure in published]})
         return
-    _print_folds(summaries)
+    _print_folds(summaries, _unit(frame))
     for figure in published:
         low, high = figure.accuracy
         click.echo(f"{figure.model}: accuracy {low:.3f} to {high:.3f}. {figure.differs}")
@@ -316,22 +317,20 @@ def _validate(
 
 
 _SCHEMES = {
-    "grouped": "by patient",
+    "grouped": "by {unit}",
     "random": "by image, as published figures are; relatives of test images stand in training",
     "leave-one-source-out": "by source: tested on each after training on the others",
 }
 _FOLD_FIGURES = ("accuracy", "balanced_accuracy", "expected_calibration_error")
 
 
-def _print_folds(summaries: "Sequence[FoldSummary]") -> None:
+def _print_folds(summaries: "Sequence[FoldSummary]", unit: str) -> None:
     import numpy as np  # noqa: PLC0415
     from tabulate import tabulate  # noqa: PLC0415
 
     for summary in summaries:
-        click.echo(
-            f"{summary.recipe}, {_SCHEMES[summary.scheme]}: {summary.images} images, "
-            f"{summary.groups} groups"
-        )
+        scheme = _SCHEMES[summary.scheme].format(unit=unit)
+        click.echo(f"{summary.recipe}, {scheme}: {summary.images} images, {summary.groups} groups")
         rows = []
         for name in _FOLD_FIGURES:
             spread = summary.figures[name]
@@ -370,9 +369,11 @@ def _headline(metrics: "Metrics", *, by: str) -> str:
     )
 
 
-def _unit(run: "Run") -> str:
-    """What the splits keep whole."""
-    return "patient" if run.record.settings.split == "grouped" else "image"
+def _unit(frame: "pd.DataFrame", split: str = "grouped") -> str:
+    """What the splits keep whole: a patient only where each image's is known."""
+    if split != "grouped":
+        return "image"
+    return "group" if frame["patient"].isna().any() else "patient"
 
 
 def _with_interval(interval: "Interval") -> str:

@@ -127,3 +127,10 @@ def test_a_temperature_at_its_bound_is_told(
     head = run.record.head.model_copy(update={"temperature": temperature})
     cli._warn_temperature(replace(run, record=run.record.model_copy(update={"head": head})))
     assert ("ended at its bound, 20" in capsys.readouterr().out) == told
+
+
+def test_a_split_is_called_by_patient_only_where_each_is_known(frame: pd.DataFrame) -> None:
+    unknown = frame.assign(patient=frame["patient"].where(frame.index > 0, None))
+    assert cli._unit(frame) == "patient"
+    assert cli._unit(unknown) == "group"
+    assert cli._unit(frame, "random") == cli._unit(unknown, "random") == "image"
