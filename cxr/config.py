@@ -245,11 +245,14 @@ class TrainingData(_Document):
     """Summary of the data that the model was made from.
 
     Attributes:
+        manifest_sha256: over what the manifest says about the images, but not of their splits.
+        splits_sha256: the same with each image's split; `None` in archives of before.
         excluded: images that were left out of the manifest, by reason; empty where nobody counted.
     """
 
     synthetic: bool
     manifest_sha256: Sha256
+    splits_sha256: Sha256 | None = None
     sources: tuple[Source, ...]
     labels: dict[Label, int]
     images: Annotated[int, Field(ge=1)]

@@ -25,6 +25,10 @@ Region = Literal["image", "lungs"]
 Intensity = Literal["none", "equalize"]
 Decoding = Literal["exact", "scaled"]
 
+# To be raised when decoding or preprocessing comes to make another tensor of the same image and
+# record: training keeps features under this number.
+REVISION = 1
+
 _CHANNELS = 3
 _MAX_VALUE = 255.0
 # The lung fields are sought in an equalised, blurred picture of this side.

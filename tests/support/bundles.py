@@ -135,6 +135,7 @@ def config_document(graph: bytes, **changes: object) -> dict[str, object]:
         "training_data": {
             "synthetic": True,
             "manifest_sha256": "0" * 64,
+            "splits_sha256": "0" * 64,
             "sources": [{"name": "none", "images": 3}],
             "labels": dict.fromkeys(LABELS, 1),
             "images": 3,

@@ -22,6 +22,8 @@ Labels = npt.NDArray[np.str_]
 # Equal in width, from 0 to 1. More of them measure the noise of a few hundred test images.
 BINS = 10
 TEMPERATURES = (0.05, 20.0)
+# The search ends some 1e-5 before a bound.
+_AT_BOUND = 1e-3
 # A probability of exactly 0 would make one wrong image outweigh all others.
 SMALLEST_PROBABILITY = 1e-12
 
@@ -56,12 +58,15 @@ def fit_temperature(
         classes: class names, in the order of the columns.
 
     Returns:
-        T within :data:`TEMPERATURES`; above 1 the model was too sure of itself.
+        T within :data:`TEMPERATURES`; above 1 the model was too sure of itself. 1 where every most
+        probable class is right: the loss then falls with T without end.
 
     Raises:
         TrainingError: no images, or a label that is not among the classes.
     """
     truth = _truth(probabilities, labels, classes)
+    if (np.asarray(probabilities).argmax(axis=1) == truth).all():
+        return 1.0
 
     def loss(log_temperature: float) -> float:
         return log_loss(apply_temperature(probabilities, math.exp(log_temperature)), truth)
@@ -69,6 +74,11 @@ def fit_temperature(
     low, high = TEMPERATURES
     found = minimize_scalar(loss, bounds=(math.log(low), math.log(high)), method="bounded")
     return float(math.exp(found.x))
+
+
+def at_bound(temperature: float) -> bool:
+    """Whether a fitted temperature is one of :data:`TEMPERATURES`, with no minimum between."""
+    return any(math.isclose(temperature, bound, rel_tol=_AT_BOUND) for bound in TEMPERATURES)
 
 
 def apply_temperature(probabilities: Probabilities, temperature: float) -> Float64Array:

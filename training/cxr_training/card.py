@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cxr.config import Interval, ModelConfig
 from cxr_training.folds import CV_FILE, LOSO_FILE, FoldSummary, read_folds
-from cxr_training.runs import RUN_FILE, Run
+from cxr_training.runs import Run, is_current
 from cxr_training.shortcuts import SHORTCUTS_FILE, ShortcutAudit, read_audit
 
 _TEMPLATE = "model_card.md.j2"
@@ -30,9 +30,11 @@ class CardFacts:
         sources_out: leave-one-source-out, likewise.
         audit: of shortcuts.
         parted: groups that stand in more than one split, as in a split by image.
+        unknown: images whose patient is not known.
     """
 
     parted: int = 0
+    unknown: int = 0
     folds: tuple[FoldSummary, ...] = ()
     sources_out: tuple[FoldSummary, ...] = ()
     audit: ShortcutAudit | None = None
@@ -49,7 +51,7 @@ def card_facts(folder: Path) -> CardFacts:
     fresh = {
         name: folder / name
         for name in (CV_FILE, LOSO_FILE, SHORTCUTS_FILE)
-        if _newer(folder / name, folder / RUN_FILE)
+        if is_current(folder / name)
     }
     return CardFacts(
         folds=read_folds(fresh[CV_FILE]) if CV_FILE in fresh else (),
@@ -84,6 +86,11 @@ def parted_groups(frame: pd.DataFrame) -> int:
     return int((frame.groupby("group")["split"].nunique() > 1).sum())
 
 
+def unknown_patients(frame: pd.DataFrame) -> int:
+    """Images whose patient is not known, so that only likeness keeps them with their relatives."""
+    return int(frame["patient"].isna().sum())
+
+
 def intended_use(*, synthetic: bool) -> str:
     """What a model may be used for."""
     if synthetic:
@@ -113,12 +120,27 @@ def limitations(run: Run) -> tuple[str, ...]:
         *_confounding(run.frame),
         "Public labels are noisy; those of the NIH collection were mined from reports and not "
         "read again from the images.",
-        "Metrics come from held-out images of the same patients: they flatter the model."
-        if parted_groups(run.frame)
-        else "Metrics come from held-out patients of the same sources; expect worse at another "
-        "hospital, and look at the metrics per source.",
+        *_held_out(run.frame),
         "Thresholds and probabilities fit the class frequencies of the training data, not of any "
         "clinic: probabilities are not risks.",
+    )
+
+
+def _held_out(frame: pd.DataFrame) -> tuple[str, ...]:
+    """What the test split keeps apart from training, and what it may not."""
+    if parted_groups(frame):
+        return ("Metrics come from held-out images of the same patients: they flatter the model.",)
+    unknown = unknown_patients(frame)
+    where = (
+        f"Metrics come from held-out {'groups' if unknown else 'patients'} of the same sources; "
+        "expect worse at another hospital, and look at the metrics per source."
+    )
+    if not unknown:
+        return (where,)
+    return (
+        where,
+        f"The patient of {unknown} of {len(frame)} images is not known: images of one patient that "
+        "do not look alike may stand in training and test, and the metrics may flatter the model.",
     )
 
 
@@ -136,10 +158,6 @@ def _confounding(frame: pd.DataFrame) -> tuple[str, ...]:
         general,
         f"All images of these sources have one and the same label: {', '.join(single)}.",
     )
-
-
-def _newer(path: Path, run: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime >= run.stat().st_mtime
 
 
 def _interval(interval: Interval | None) -> str:

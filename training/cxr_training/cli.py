@@ -50,6 +50,17 @@ def _default_cache() -> Path:
     return Path(home) / "cxr-serve" / "features"
 
 
+# Options that say something about a model, which a cross-validation does not keep.
+_OF_A_MODEL = ("split", "tabular", "name", "version")
+
+
+def _given(names: "Sequence[str]") -> list[str]:
+    """Those of the current command's options that were given, as they are typed."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return [f"--{name}" for name in names if context.get_parameter_source(name) != default]
+
+
 _cache_option = click.option(
     "--cache", type=FOLDER, default=_default_cache, show_default="user's cache folder",
     help="Folder that keeps extracted features, so that a second run takes seconds.",
@@ -92,7 +103,7 @@ _cache_option = click.option(
 )  # fmt: skip
 @click.option(
     "--seeds", type=click.IntRange(1, 20), default=1, show_default=True,
-    help="Cross-validations, from --seed upward.",
+    help="With --cv: so many cross-validations, from --seed upward.",
 )  # fmt: skip
 @click.option(
     "--leave-one-source-out", "by_source", is_flag=True,
@@ -134,6 +145,11 @@ def train(
         raise click.UsageError("Give either --cv or --leave-one-source-out.")
     if out is None and not (folds or by_source):
         raise click.UsageError("Give --out: the run folder to write.")
+    if seeds > 1 and not folds:
+        raise click.UsageError("--seeds counts cross-validations; it goes with --cv only.")
+    if (folds or by_source) and (ignored := _given(_OF_A_MODEL)):
+        kind = "--cv" if folds else "--leave-one-source-out"
+        raise click.UsageError(f"{' and '.join(ignored)} cannot be combined with {kind}.")
     with clear_errors():
         from cxr_training.data import build_manifest, read_manifest  # noqa: PLC0415
         from cxr_training.recipes import adapted, load_recipe  # noqa: PLC0415
@@ -168,19 +184,21 @@ def train(
         print_json({"out": str(out), **_train_summary(run)})
         return
     head = run.record.head
+    unit = _unit(run.frame, run.record.settings.split)
     picked = ", ".join(f"{name} = {value:.3g}" for name, value in head.parameters.items())
     how = (
-        f"{head.folds}-fold cross-validation by {_unit(run)} on the training split"
+        f"{head.folds}-fold cross-validation by {unit} on the training split"
         if head.folds
         else f"Validation split, best of {len(run.record.history)} epochs"
     )
     click.echo(f"{how}: accuracy {head.accuracy:.3f}, {picked}")
-    click.echo(_headline(run.metrics, by=_unit(run)))
+    click.echo(_headline(run.metrics, by=unit))
     if (ablation := run.record.ablation) is not None:
         click.echo(
             f"test accuracy of the image alone {ablation.image:.3f}, with age, sex and view "
             f"{ablation.image_and_tabular:.3f}, of age, sex and view alone {ablation.tabular:.3f}"
         )
+    _warn_temperature(run)
     _warn_synthetic(run)
     click.echo(f"Wrote {out}.")
 
@@ -219,7 +237,7 @@ def evaluate(run_folder: Path, split: str, cache: Path, as_json: bool) -> None:
     if as_json:
         click.echo(metrics.model_dump_json())
         return
-    click.echo(_headline(metrics, by=_unit(run)))
+    click.echo(_headline(metrics, by=_unit(run.frame, run.record.settings.split)))
     _print_metrics(metrics)
     _warn_synthetic(run)
 
@@ -288,7 +306,7 @@ def _validate(
         document = FoldDocument(summaries=summaries).model_dump(mode="json")
         print_json(document | {"published": [figure._asdict() for figure in published]})
         return
-    _print_folds(summaries)
+    _print_folds(summaries, _unit(frame))
     for figure in published:
         low, high = figure.accuracy
         click.echo(f"{figure.model}: accuracy {low:.3f} to {high:.3f}. {figure.differs}")
@@ -299,22 +317,20 @@ def _validate(
 
 
 _SCHEMES = {
-    "grouped": "by patient",
+    "grouped": "by {unit}",
     "random": "by image, as published figures are; relatives of test images stand in training",
     "leave-one-source-out": "by source: tested on each after training on the others",
 }
 _FOLD_FIGURES = ("accuracy", "balanced_accuracy", "expected_calibration_error")
 
 
-def _print_folds(summaries: "Sequence[FoldSummary]") -> None:
+def _print_folds(summaries: "Sequence[FoldSummary]", unit: str) -> None:
     import numpy as np  # noqa: PLC0415
     from tabulate import tabulate  # noqa: PLC0415
 
     for summary in summaries:
-        click.echo(
-            f"{summary.recipe}, {_SCHEMES[summary.scheme]}: {summary.images} images, "
-            f"{summary.groups} groups"
-        )
+        scheme = _SCHEMES[summary.scheme].format(unit=unit)
+        click.echo(f"{summary.recipe}, {scheme}: {summary.images} images, {summary.groups} groups")
         rows = []
         for name in _FOLD_FIGURES:
             spread = summary.figures[name]
@@ -353,9 +369,11 @@ def _headline(metrics: "Metrics", *, by: str) -> str:
     )
 
 
-def _unit(run: "Run") -> str:
-    """What the splits keep whole."""
-    return "patient" if run.record.settings.split == "grouped" else "image"
+def _unit(frame: "pd.DataFrame", split: str = "grouped") -> str:
+    """What the splits keep whole: a patient only where each image's is known."""
+    if split != "grouped":
+        return "image"
+    return "group" if frame["patient"].isna().any() else "patient"
 
 
 def _with_interval(interval: "Interval") -> str:
@@ -391,6 +409,16 @@ def _print_metrics(metrics: "Metrics") -> None:
 
 def _cell(interval: "Interval | None") -> str:
     return _with_interval(interval).replace("95 % ", "") if interval else "-"
+
+
+def _warn_temperature(run: "Run") -> None:
+    from cxr_training.calibration import at_bound  # noqa: PLC0415
+
+    if at_bound(temperature := run.record.head.temperature):
+        click.echo(
+            f"The temperature ended at its bound, {temperature:.3g}: the validation split does not "
+            "fit one, and the probabilities mean little."
+        )
 
 
 def _warn_synthetic(run: "Run") -> None:

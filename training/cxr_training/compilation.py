@@ -141,10 +141,15 @@ def _as_bundle(source: Path) -> Iterator[Path]:
 
 
 def _check_manifest(frame: pd.DataFrame, config: ModelConfig) -> None:
-    if "split" not in frame or manifest_digest(frame) != config.training_data.manifest_sha256:
+    data = config.training_data
+    same = "split" in frame and manifest_digest(frame) == data.manifest_sha256
+    # Other splits of the same images would let the gate judge on those of training.
+    if same and data.splits_sha256 is not None:
+        same = manifest_digest(frame, splits=True) == data.splits_sha256
+    if not same:
         raise TrainingError(
-            "This is not the manifest that the model was trained on; give manifest.parquet of its "
-            "run folder."
+            "This is not the manifest that the model was trained on, with its splits; give "
+            "manifest.parquet of its run folder."
         )
 
 
@@ -377,7 +382,7 @@ def _write(
         target = folder if out.suffix == ".mar" else out
         if target is out and out.exists() and not out.is_dir():
             raise TrainingError(f"{out} is a file; a bundle is written to a folder.")
-        with staged(target) as files:
+        with staged(target, optional=(CARD_FILE,)) as files:
             shutil.copyfile(graph, files / config.graph.file)
             if card is not None and config.compilation is not None:
                 text = card + _card_section(config.compilation)

@@ -35,6 +35,7 @@ from cxr_training.card import (
     limitations,
     model_card,
     parted_groups,
+    unknown_patients,
 )
 from cxr_training.drift import with_reference, write_config
 from cxr_training.errors import TrainingError
@@ -99,7 +100,7 @@ def export(run: Run | Path, out: Path) -> ExportReport:
     """
     facts = card_facts(run) if isinstance(run, Path) else CardFacts()
     run = load_run(run) if isinstance(run, Path) else run
-    facts = replace(facts, parted=parted_groups(run.frame))
+    facts = replace(facts, parted=parted_groups(run.frame), unknown=unknown_patients(run.frame))
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; a bundle is written to a folder.")
     if run.record.settings.tabular:

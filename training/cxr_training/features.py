@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import pandas as pd
+import PIL
 import torch
 from tqdm import tqdm
 
 from cxr.decode import DEFAULT_LIMITS, decode
 from cxr.engine import CPU
 from cxr.errors import BadImageError
-from cxr.preprocess import Preprocessing, load_tensor, preprocess
+from cxr.preprocess import REVISION, Preprocessing, load_tensor, preprocess
 from cxr_training.augment import Augmentation, augment
 from cxr_training.backbones import Backbone
 from cxr_training.errors import TrainingError
@@ -35,7 +36,8 @@ _BATCH = 2
 # Through ONNX Runtime an image takes a third of the time that it takes PyTorch's CPU kernels; but
 # making its graph takes as long as some forty images.
 _WORTH_A_GRAPH = 100
-
+# What decodes and resizes; the backbone's fingerprint holds the settings alone.
+_MADE_BY = f"preprocessing-{REVISION}-pillow-{PIL.__version__}"
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -180,7 +182,8 @@ def extract_features(
         frame: a manifest.
         backbone: the frozen feature extractor; of several, each one's features are kept.
         cache: folder that keeps each image's vector under the hash of its content, the backbone's
-            fingerprint and the variation; `None` keeps nothing.
+            fingerprint, the revision of preprocessing, Pillow's version and the variation; `None`
+            keeps nothing.
         batch_size: images in one forward pass.
         variation: a random change of each image before its features are taken.
         torch_only: leave all of it to PyTorch. Otherwise, without a GPU, ONNX Runtime computes
@@ -209,16 +212,21 @@ def extract_features(
         )
     found: dict[str, npt.NDArray[np.float32]] = {}
     if cache is not None:
-        cache = cache / backbone.fingerprint / (variation.key if variation else "")
+        cache = cache / backbone.fingerprint / _MADE_BY / (variation.key if variation else "")
         found = _cached(cache, frame["sha256"], backbone.feature_count)
     # Copies of one image share one row here.
-    missing = frame.drop_duplicates("sha256").loc[lambda rows: ~rows["sha256"].isin(found.keys())]
-    network = _torch_network(backbone) if torch_only else feature_network(backbone, len(missing))
-    vectors = _computed(missing, backbone.preprocessing, network, batch_size, variation)
-    for sha256, vector in zip(missing["sha256"], vectors, strict=True):
-        found[sha256] = vector
-        if cache is not None:
-            _store(_cache_file(cache, sha256), vector)
+    distinct = frame.drop_duplicates("sha256")
+    missing = distinct[~distinct["sha256"].isin(found.keys())]
+    if not missing.empty:
+        # By all images, so that what a cache already holds does not change who computes the rest.
+        network = (
+            _torch_network(backbone) if torch_only else feature_network(backbone, len(distinct))
+        )
+        vectors = _computed(missing, backbone.preprocessing, network, batch_size, variation)
+        for sha256, vector in zip(missing["sha256"], vectors, strict=True):
+            found[sha256] = vector
+            if cache is not None:
+                _store(_cache_file(cache, sha256), vector)
     if frame.empty:
         return np.empty((0, backbone.feature_count), dtype=np.float32)
     return np.stack([found[sha256] for sha256 in frame["sha256"]])
@@ -232,7 +240,7 @@ def _computed(
     variation: Variation | None,
 ) -> Iterator[npt.NDArray[np.float32]]:
     batches = image_batches(frame, spec, batch_size, variation)
-    hidden = frame.empty or not sys.stderr.isatty()
+    hidden = not sys.stderr.isatty()
     with tqdm(total=len(frame), desc="features", unit="image", disable=hidden) as progress:
         for vectors in network.each(batches):
             progress.update(len(vectors))

@@ -8,6 +8,7 @@ the same numbers as one that was never stopped.
 import hashlib
 import math
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -406,7 +407,9 @@ def _read_checkpoint(file: Path, key: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         found = state["key"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (
+        OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError
+    ) as error:  # fmt: skip
         raise TrainingError(
             f"The checkpoint {file} is damaged; delete it to start anew."
         ) from error

@@ -268,9 +268,14 @@ def compare_folds(first: Path, second: Path, *, positive: str = COVID) -> Compar
         both = [_replicated(table[where], columns[0], labels, chosen) for table in tables]
         both.append({name: (v - both[1][name][0], r - both[1][name][1])
                      for name, (v, r) in both[0].items()})  # fmt: skip
+        several = _several(tables[0]["label"][where], labels)
         for into, figures in zip(found, both, strict=True):
             intervals = {name: percentiles(*figure) for name, figure in figures.items()}
-            into[part] = {name: interval for name, interval in intervals.items() if interval}
+            into[part] = {
+                name: interval
+                for name, interval in intervals.items()
+                if interval and _is_defined(name, several=several)
+            }
     return Comparison(first=found[0], second=found[1], difference=found[2])
 
 
@@ -371,7 +376,7 @@ def _fold(
     values, _ = bootstrap_figures(rows, probabilities, labels, seed=None)
     figures = {key: float(value[0]) for key, value in _selected(values, labels, positive).items()}
     counts = rows["label"].value_counts()
-    several = sum(counts.get(label, 0) > 0 for label in labels) > 1
+    several = _several(rows["label"], labels)
     return FoldFigures(
         seed=seed,
         fold=name,
@@ -380,9 +385,19 @@ def _fold(
         figures={
             key: value
             for key, value in figures.items()
-            if np.isfinite(value) and (several or key != "balanced_accuracy")
+            if np.isfinite(value) and _is_defined(key, several=several)
         },
     )
+
+
+def _several(column: "pd.Series[str]", labels: tuple[str, ...]) -> bool:
+    """Whether images of more than one class are there."""
+    return column[column.isin(labels)].nunique() > 1
+
+
+def _is_defined(figure: str, *, several: bool) -> bool:
+    """Of one class alone, balanced accuracy would be its sensitivity under another name."""
+    return several or figure != "balanced_accuracy"
 
 
 def _spreads(

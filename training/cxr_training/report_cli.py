@@ -68,7 +68,7 @@ def report(
 @click.argument("second", type=FILE)
 @json_option
 def compare(first: Path, second: Path, as_json: bool) -> None:
-    """Compare two recipes on the same images: FIRST minus SECOND, patients paired.
+    """Compare two recipes on the same images: FIRST minus SECOND, groups paired.
 
     Both are a `cv.json` or `loso.json` that `cxr train --cv` or `--leave-one-source-out` has
     written, with the predictions beside it.
@@ -90,7 +90,7 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
             rows.append((part or "all", name.replace("_", " "), *cells))
     headers = ("on", "figure", str(first.parent), str(second.parent), "difference")
     click.echo(tabulate(rows, headers=headers))
-    click.echo("\n95 % intervals; they resample patients, the same ones for both.")
+    click.echo("\n95 % intervals; they resample groups, the same ones for both.")
 
 
 @click.command(epilog="Example: cxr track run --store http://127.0.0.1:5000")

@@ -226,7 +226,7 @@ def save_run(run: Run, out: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    with staged(out) as folder:
+    with staged(out, optional=(GUARDS_FILE, BACKBONE_FILE)) as folder:
         write_manifest(run.frame, folder / MANIFEST_FILE)
         thresholds = np.asarray([run.thresholds[label] for label in run.head.labels])
         np.savez(folder / HEAD_FILE, thresholds=thresholds, **run.head.state())  # type: ignore[arg-type]
@@ -250,31 +250,49 @@ def load_run(folder: Path) -> Run:
         raise TrainingError(f"{folder} is not a run folder: it has no {RUN_FILE}.")
     head, thresholds = _read_head(folder / HEAD_FILE)
     record = _read_document(folder / RUN_FILE, RunRecord)
-    finetuned = record.settings.recipe.finetune is not None
+    recipe = record.settings.recipe
     return Run(
         record=record,
         frame=read_manifest(folder / MANIFEST_FILE),
         head=head,
-        trained=read_state(folder / BACKBONE_FILE) if finetuned else None,
-        guards=_read_guards(folder / GUARDS_FILE),
+        trained=read_state(folder / BACKBONE_FILE) if recipe.finetune is not None else None,
+        # A folder of before may still hold those of an earlier run.
+        guards=_read_guards(folder / GUARDS_FILE) if recipe.guards is not None else None,
         thresholds=thresholds,
         metrics=_read_document(folder / METRICS_FILE, Metrics),
     )
 
 
+def is_current(file: Path) -> bool:
+    """Whether a file in a run folder, such as `cv.json`, was written since the run itself.
+
+    What is older belongs to an earlier run in the same folder.
+    """
+    return file.is_file() and file.stat().st_mtime >= (file.parent / RUN_FILE).stat().st_mtime
+
+
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, *, optional: tuple[str, ...] = ()) -> Iterator[Path]:
     """A temporary folder beside `out`, whose files move into `out` if the block succeeds.
 
     So a failure leaves nothing behind, and what stood in `out` before stays whole.
+
+    Args:
+        out: the folder to write.
+        optional: names of files that the block may leave unwritten; those of before are removed
+            then, because they belong to another model.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary)
         yield folder
         out.mkdir(exist_ok=True)
+        written = set()
         for file in sorted(folder.iterdir()):
             file.replace(out / file.name)
+            written.add(file.name)
+        for name in set(optional) - written:
+            (out / name).unlink(missing_ok=True)
 
 
 def _read_head(path: Path) -> tuple[Head, dict[str, float]]:

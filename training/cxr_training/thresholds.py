@@ -23,9 +23,10 @@ def uncertain_bands(
     """Grey zone of each class about its threshold, from the validation split.
 
     Below it lie at most 5 % of the class's images, so that a negative decision finds 95 % of them;
-    at or above its end lie at most 5 % of the others. See Coste and Pouchot, A grey zone for
-    quantitative diagnostic and screening tests, Int. J. Epidemiol. 2003;32:304-313. Of a model that
-    does better at the threshold already, the zone is empty on that side.
+    at or above its end lie at most 5 % of the others, unless more of them are at 1, where it ends
+    at the latest. See Coste and Pouchot, A grey zone for quantitative diagnostic and screening
+    tests, Int. J. Epidemiol. 2003;32:304-313. Of a model that does better at the threshold already,
+    the zone is empty on that side.
 
     Args:
         probabilities: `[images, classes]`, of the validation split.
@@ -40,9 +41,16 @@ def uncertain_bands(
     for column, name in enumerate(classes):
         values, own = probabilities[:, column], labels == name
         low = float(np.quantile(values[own], 1 - CERTAIN, method="lower"))
-        high = float(np.quantile(values[~own], CERTAIN, method="higher"))
-        bands[name] = (min(low, thresholds[name]), max(high, thresholds[name]))
+        bands[name] = (min(low, thresholds[name]), max(_end(values[~own]), thresholds[name]))
     return bands
+
+
+def _end(others: Float64Array) -> float:
+    """The smallest of the values with at most 5 % at or above it, or just above all of them."""
+    cuts, counts = np.unique(others, return_counts=True)
+    above = counts[::-1].cumsum()[::-1] / len(others)
+    few = cuts[above <= 1 - CERTAIN]
+    return float(few[0] if len(few) else min(np.nextafter(cuts[-1], np.inf), 1.0))
 
 
 def choose_thresholds(

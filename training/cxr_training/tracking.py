@@ -16,7 +16,8 @@ from cxr.config import Interval
 from cxr_training.errors import TrainingError
 from cxr_training.folds import CV_FILE, LOSO_FILE, FoldSummary, read_folds
 from cxr_training.report.collect import parameters
-from cxr_training.runs import Run, load_run
+from cxr_training.runs import Run, is_current, load_run
+from cxr_training.shortcuts import SHORTCUTS_FILE
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 STORE = "mlruns"
 # What tells files or patients apart from each other; everything else in the run folder is logged.
 _PRIVATE = (".parquet", ".csv")
+# Written after the run; of an earlier run in the same folder they would describe another model.
+_BESIDE = (CV_FILE, LOSO_FILE, SHORTCUTS_FILE)
 # MLflow's limit for the value of a parameter.
 _LONGEST = 500
 _NOT_A_NAME = re.compile(r"[^\w\-. /]")
@@ -51,7 +54,8 @@ def track_run(folder: Path, uri: str | None = None, *, extra: tuple[Path, ...] =
     """Log a run folder in MLflow and register its model under the run's name.
 
     Args:
-        folder: the run folder; what :mod:`cxr_training.folds` writes there is logged too.
+        folder: the run folder; what :mod:`cxr_training.folds` writes there is logged too, unless
+            it is older than the run.
         uri: address of the store: a folder, `http(s)://` or a database's. `None` is the folder
             :data:`STORE` beside the run folder.
         extra: further files to log, such as the report or an archive.
@@ -130,8 +134,9 @@ def _figures(run: Run, folder: Path) -> Iterator[tuple[str, float, int]]:
             if name != "epoch":
                 yield f"training/{name}", value, epoch["epoch"]
     for file in (CV_FILE, LOSO_FILE):
-        for summary in read_folds(folder / file):
-            yield from _fold_figures(summary)
+        if is_current(folder / file):
+            for summary in read_folds(folder / file):
+                yield from _fold_figures(summary)
 
 
 def _fold_figures(summary: FoldSummary) -> Iterator[tuple[str, float, int]]:
@@ -152,5 +157,8 @@ def _public(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix not in _PRIVATE and not path.name.startswith(".")
+        if path.is_file()
+        and path.suffix not in _PRIVATE
+        and not path.name.startswith(".")
+        and (path.name not in _BESIDE or is_current(path))
     ]

@@ -241,6 +241,7 @@ def _summary(frame: pd.DataFrame, seed: int) -> TrainingData:
         # One phantom among radiographs already makes the figures say less.
         synthetic=bool(frame["synthetic"].any()),
         manifest_sha256=manifest_digest(frame),
+        splits_sha256=manifest_digest(frame, splits=True),
         sources=tuple(
             Source(name=name, images=count) for name, count in _counts(frame["source"]).items()
         ),

@@ -18,6 +18,7 @@ from cxr_training.data import (
     summarize,
     write_manifest,
 )
+from cxr_training.data.manifest import assemble_manifest
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,34 @@ def test_byte_identical_images_of_two_findings_are_both_left_out(tmp_path, make_
     assert report.excluded == {"byte-identical with another finding": 2}
 
 
+@pytest.mark.parametrize("second", ["Pneumonia", "No finding"])
+def test_a_copy_that_is_left_out_still_links_its_patients(second):
+    # Two patients, one file: a duplicate, or with another finding, and then neither copy stays.
+    rng = np.random.default_rng(0)
+    rows = [
+        ("1.png", "p1", "b", "No finding"),
+        ("2.png", "p1", "a", "No finding"),
+        ("3.png", "p2", "a", second),
+        ("4.png", "p2", "c", "Pneumonia"),
+        ("5.png", "p3", "d", "No finding"),
+    ]
+    images = {name: rng.bytes(32).hex() for name in "abcd"}
+    entries = [
+        {
+            "path": path, "finding": finding, "finding_text": None, "source": "set",
+            "origin": None, "patient": patient, "view": None, "sex": None, "age": None,
+            "sha256": name * 64, "dhash": images[name], "synthetic": False,
+        }
+        for path, patient, name, finding in rows
+    ]  # fmt: skip
+    frame = assemble_manifest({Path("set"): entries}).frame
+    groups = frame.set_index("patient")["group"].groupby("patient").agg(set)
+    assert groups["p1"] == groups["p2"] != groups["p3"]
+    # Named by what is left: by "b" where both copies of "a" are gone.
+    smallest = frame["sha256"].groupby(frame["group"]).transform("min").str[:16]
+    assert frame["group"].tolist() == smallest.tolist()
+
+
 def test_no_folder():
     with pytest.raises(DataError, match="at least one folder"):
         build_manifest([])
@@ -161,6 +190,9 @@ def test_digest_ignores_place_and_order_but_not_content(tmp_path, phantom_tree, 
     assert manifest_digest(frame.sample(frac=1, random_state=0)) == digest
     relabelled = frame.assign(label=frame["label"].where(frame.index > 0, "Other"))
     assert manifest_digest(relabelled) != digest
+    train, test = frame.assign(split="train"), frame.assign(split="test")
+    assert manifest_digest(train) == manifest_digest(test) == digest
+    assert manifest_digest(train, splits=True) != manifest_digest(test, splits=True)
 
 
 @pytest.mark.parametrize(

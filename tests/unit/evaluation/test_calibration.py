@@ -4,7 +4,9 @@ import pytest
 from scipy.special import softmax
 
 from cxr_training.calibration import (
+    TEMPERATURES,
     apply_temperature,
+    at_bound,
     brier_score,
     choose_thresholds_for_sensitivity,
     expected_calibration_error,
@@ -43,6 +45,23 @@ def test_a_wrongly_sure_model_is_corrected(sureness: float) -> None:
     before = expected_calibration_error(distorted, labels, CLASSES)
     assert expected_calibration_error(corrected, labels, CLASSES) < before / 3
     assert brier_score(corrected, labels, CLASSES) < brier_score(distorted, labels, CLASSES)
+
+
+@pytest.mark.parametrize("sureness", [0.4, 0.99])
+def test_a_perfectly_separated_split_sharpens_nothing(sureness: float) -> None:
+    probabilities = np.full((3, 3), (1 - sureness) / 2)
+    np.fill_diagonal(probabilities, sureness)
+    assert fit_temperature(probabilities, np.asarray(CLASSES), CLASSES) == 1
+
+
+def test_a_temperature_at_its_bound_is_told() -> None:
+    # Always wrong: the flatter, the better.
+    probabilities = np.full((3, 3), 0.2) + 0.4 * np.eye(3)
+    temperature = fit_temperature(probabilities, np.asarray(list("bca")), CLASSES)
+    assert at_bound(temperature)
+    assert at_bound(TEMPERATURES[0])
+    assert not at_bound(1.0)
+    assert not at_bound(19.0)
 
 
 def test_a_certain_mistake_does_not_break_the_fit() -> None:

@@ -6,7 +6,14 @@ import pandas as pd
 import pytest
 
 from cxr_training.errors import TrainingError
-from cxr_training.folds import FoldSummary, read_folds, summarize_folds, write_folds
+from cxr_training.folds import (
+    FoldSummary,
+    compare_folds,
+    prediction_table,
+    read_folds,
+    summarize_folds,
+    write_folds,
+)
 from cxr_training.published import published_on
 
 LABELS = ("COVID-19", "No finding")
@@ -117,3 +124,27 @@ def test_published_figures_stand_beside_the_same_images_only() -> None:
     assert {figure.model for figure in published_on({"ozturk"})} == {"DarkCovidNet", "CoroNet"}
     assert published_on({"ozturk", "cohen"}) == ()
     assert published_on({"elsewhere"}) == ()
+
+
+def test_a_left_out_source_of_one_class_is_compared_without_balanced_accuracy(
+    tmp_path: Path,
+) -> None:
+    frame = _frame().assign(sha256=[f"{number:064x}" for number in range(40)])
+    files = []
+    for wrong in (4, 12):
+        table = prediction_table(
+            frame,
+            [_predictions(wrong)],
+            LABELS,
+            [frame["source"]],
+            seeds=[0],
+            scheme="leave-one-source-out",
+        )
+        files.append(tmp_path / f"{wrong}.json")
+        write_folds(files[-1], [_summary(scheme="leave-one-source-out")], table)
+    found = compare_folds(*files)
+    for figures in (found.first, found.second, found.difference):
+        assert "balanced_accuracy" in figures[""]
+        assert "balanced_accuracy" in figures["both"]
+        assert "accuracy" in figures["covid"]
+        assert "balanced_accuracy" not in figures["covid"]

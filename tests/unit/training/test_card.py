@@ -1,6 +1,7 @@
 import os
 import re
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from cxr.config import ModelConfig
 from cxr.mar import CARD_FILE, verify
 from cxr_archive.packager import pack
-from cxr_training.card import CardFacts, card_facts, model_card
+from cxr_training.card import CardFacts, card_facts, limitations, model_card
 from cxr_training.errors import TrainingError
 from cxr_training.folds import summarize_folds, write_folds
+from cxr_training.runs import Run
 from support.bundles import LABELS, config_document, graph_bytes, make_bundle
 
 
@@ -66,6 +68,24 @@ def test_the_card_gives_figures_with_intervals_and_says_what_is_missing() -> Non
 def test_a_split_by_image_is_called_so() -> None:
     assert "stand in one split" in model_card(_config())
     assert "3 groups stand in more than one split" in model_card(_config(), CardFacts(parted=3))
+
+
+def test_held_out_patients_are_claimed_only_where_each_is_known(run: Run) -> None:
+    data = run.record.training_data.model_copy(update={"synthetic": False})
+    real = replace(run, record=run.record.model_copy(update={"training_data": data}))
+    assert "held-out patients" in " ".join(limitations(real))
+    frame = run.frame.assign(patient=run.frame["patient"].where(run.frame.index > 1, None))
+    text = " ".join(limitations(replace(real, frame=frame)))
+    assert "held-out groups" in text
+    assert "held-out patients" not in text
+    assert f"patient of 2 of {len(frame)} images is not known" in text
+
+
+def test_the_card_says_of_how_many_images_no_patient_is_known() -> None:
+    assert "is not known, and only near-duplicates" not in model_card(_config())
+    card = model_card(_config(), CardFacts(unknown=7))
+    assert "The patient of 7 images is not known.\n\n| class" in card
+    assert "the patient of 7 images is not known, and only near-duplicates" in card
 
 
 def test_every_table_row_has_its_columns() -> None:

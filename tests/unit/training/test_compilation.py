@@ -1,6 +1,7 @@
 """`cxr compile`: what it tries, what it refuses, and what it writes down."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,14 @@ from onnx import helper, numpy_helper
 import cxr_training.compilation as compilation_module
 from cxr.answer import Options, Prediction
 from cxr.config import Compilation, ModelConfig, file_sha256, load_config
-from cxr.engine import CPU, CUDA, TENSORRT, Engine
+from cxr.engine import CONFIG_FILE, CPU, CUDA, TENSORRT, Engine
 from cxr.errors import ModelLoadError, Rejection
 from cxr.mar import CARD_FILE, verify
 from cxr.quality import PIXEL_REASONS
 from cxr_archive.packager import pack
 from cxr_training.compilation import ORIGINAL, Gate, compile_bundle
 from cxr_training.compile_cli import compile_command
+from cxr_training.data import write_manifest
 from cxr_training.errors import TrainingError
 from cxr_training.runs import Run
 from support.bundles import config_document, graph_bytes
@@ -210,11 +212,39 @@ def test_a_graph_that_answers_no_numbers_is_refused_by_any_gate(
     assert load_config(tmp_path / "out").graph.sha256 == config.graph.sha256
 
 
+def test_no_card_of_another_model_stays(bundle: Path, manifest: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(bundle, tmp_path / "bare"))
+    (bare / CARD_FILE).unlink()
+    out = Path(shutil.copytree(bundle, tmp_path / "out"))
+    compile_bundle(bare, manifest, out, gate=LOOSE)
+    assert not (out / CARD_FILE).exists()
+
+
 def test_another_models_manifest_is_refused(bundle: Path, run: Run, tmp_path: Path) -> None:
     run.frame.iloc[1:].to_parquet(tmp_path / "other.parquet")
     with pytest.raises(TrainingError, match="not the manifest that the model was trained on"):
         compile_bundle(bundle, tmp_path / "other.parquet", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_same_images_under_other_splits_are_refused(
+    bundle: Path, run: Run, tmp_path: Path
+) -> None:
+    other = {"train": "validation", "validation": "train"}
+    write_manifest(run.frame.replace({"split": other}), tmp_path / "manifest.parquet")
+    with pytest.raises(TrainingError, match="not the manifest"):
+        compile_bundle(bundle, tmp_path / "manifest.parquet", tmp_path / "out")
+
+
+def test_an_archive_without_digest_of_the_splits_compiles(
+    bundle: Path, manifest: Path, tmp_path: Path
+) -> None:
+    old = Path(shutil.copytree(bundle, tmp_path / "old"))
+    document = json.loads((old / CONFIG_FILE).read_text())
+    del document["training_data"]["splits_sha256"]
+    (old / CONFIG_FILE).write_text(json.dumps(document))
+    compile_bundle(old, manifest, tmp_path / "out")
+    assert load_config(tmp_path / "out").training_data.splits_sha256 is None
 
 
 def test_a_compiled_model_is_not_compiled_again(

@@ -188,6 +188,12 @@ def test_recipes_on_other_images_are_not_compared(
     [
         ([], "Give --out"),
         (["--cv", "2", "--leave-one-source-out"], "either --cv or"),
+        (["--out", "run", "--seeds", "3"], "--seeds counts"),
+        (["--leave-one-source-out", "--seeds", "3"], "--seeds counts"),
+        (["--cv", "2", "--split", "random"], "--split cannot be combined with --cv"),
+        (["--cv", "2", "--tabular"], "--tabular cannot be combined"),
+        (["--cv", "2", "--name", "a", "--version", "2"], "--name and --version cannot be"),
+        (["--leave-one-source-out", "--tabular"], "combined with --leave-one-source-out"),
     ],
 )
 def test_the_command_says_what_it_lacks(options: list[str], message: str, tmp_path: Path) -> None:

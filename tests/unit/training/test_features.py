@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import PIL
 import pytest
 from PIL import Image
 
 from cxr.engine import Engine
+from cxr.preprocess import REVISION
 from cxr_training import features
 from cxr_training.backbones import Backbone
 from cxr_training.errors import TrainingError
@@ -82,6 +84,42 @@ def test_cached_images_are_not_read_again(tmp_path: Path, backbone: Backbone) ->
     second = extract_features(rows, backbone, cache=tmp_path / "cache")
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("missing", [0, 1, 6])
+def test_what_a_cache_holds_does_not_change_who_computes_the_rest(
+    frame: pd.DataFrame,
+    backbone: Backbone,
+    missing: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = frame.head(6)
+    extract_features(rows.head(6 - missing), backbone, cache=tmp_path)
+    asked: list[int] = []
+
+    def network(backbone: Backbone, images: int) -> features.Network:
+        asked.append(images)
+        return features._torch_network(backbone)
+
+    monkeypatch.setattr(features, "feature_network", network)
+    extract_features(rows, backbone, cache=tmp_path)
+    # A graph for no image would be made for nothing.
+    assert asked == ([6] if missing else [])
+
+
+def test_features_of_another_preprocessing_are_not_taken_from_the_cache(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert str(REVISION) in features._MADE_BY
+    assert PIL.__version__ in features._MADE_BY
+    file = _image_file(tmp_path, "grey-jpeg")
+    rows = pd.DataFrame({"path": [str(file)], "sha256": [_sha256(file)]})
+    extract_features(rows, backbone, cache=tmp_path / "cache")
+    file.unlink()
+    monkeypatch.setattr(features, "_MADE_BY", "another")
+    with pytest.raises(TrainingError, match="Cannot read"):
+        extract_features(rows, backbone, cache=tmp_path / "cache")
 
 
 def test_a_damaged_cache_entry_is_computed_again(tmp_path: Path, backbone: Backbone) -> None:

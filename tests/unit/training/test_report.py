@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from cxr_training.errors import TrainingError
 from cxr_training.folds import FoldSummary, summarize_folds
+from cxr_training.published import published_on
 from cxr_training.report import ReportData, render, write_report
 from cxr_training.report_cli import report
 from cxr_training.runs import Run
@@ -20,7 +22,11 @@ from cxr_training.shortcuts import read_audit
 
 @pytest.fixture(scope="module")
 def reported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(run_folder, tmp_path_factory.mktemp("reported") / "run"))
+    folder = Path(shutil.copytree(run_folder, tmp_path_factory.mktemp("reported") / "run"))
+    for name in ("cv.json", "loso.json"):
+        (folder / name).write_text("of an earlier run", encoding="utf-8")
+        os.utime(folder / name, (0, 0))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +147,15 @@ def test_folds_and_left_out_sources_are_shown(data: ReportData, run: Run) -> Non
     assert "Each source left out in turn" in page
     assert "COVID-19 balanced accuracy" in page
     assert all(source in page for source in run.frame["source"].unique())
+
+
+def test_a_split_is_by_patient_only_where_each_is_known(data: ReportData, run: Run) -> None:
+    published = replace(data, folds=(_summary(run, "grouped"),), published=published_on({"ozturk"}))
+    assert render(published).count("Split by patient") == 2
+    summary = replace(data.summary, images_without_patient=1)
+    page = render(replace(published, summary=summary))
+    assert page.count("Split by group") == 2
+    assert "Split by patient" not in page
 
 
 def test_a_split_that_leaks_is_called_so(page: str, data: ReportData) -> None:

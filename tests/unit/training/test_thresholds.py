@@ -38,6 +38,25 @@ def test_the_grey_zone_holds_what_is_not_certain_either_way() -> None:
     assert (own[labels == "b"] >= high).mean() == pytest.approx(0.05, abs=0.01)
 
 
+@pytest.mark.parametrize("images", [1, 19, 20, 21, 40, 50, 100, 137])
+def test_at_most_one_in_twenty_of_the_others_lies_beyond_the_zone(images: int) -> None:
+    others = np.linspace(0.1, 0.9, images)
+    probabilities = np.concatenate([others, [0.05]])
+    probabilities = np.column_stack([probabilities, 1 - probabilities])
+    labels = np.asarray(["b"] * images + ["a"])
+    _, high = uncertain_bands(probabilities, labels, ("a", "b"), {"a": 0.0, "b": 0.0})["a"]
+    assert (others >= high).mean() <= 0.05
+    lower = others[others < high]
+    assert not len(lower) or (others >= lower[-1]).mean() > 0.05
+
+
+def test_the_grey_zone_ends_at_one_at_most() -> None:
+    probabilities = np.asarray([[1.0, 0.0], [1.0, 0.0]])
+    thresholds = {"a": 0.5, "b": 0.5}
+    bands = uncertain_bands(probabilities, np.asarray(["a", "b"]), ("a", "b"), thresholds)
+    assert bands["a"][1] == 1.0
+
+
 def test_a_model_without_doubt_has_no_grey_zone() -> None:
     probabilities = np.asarray([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.1, 0.9]])
     labels = np.asarray(["a", "a", "b", "b"])

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,19 @@ def test_files_are_logged_but_for_those_that_name_patients(tracked: Tracked) -> 
     assert {"run.json", "metrics.json", "head.npz"} <= names
     assert (artifacts / "note.txt").is_file()
     assert not [path for path in artifacts.rglob("*") if path.suffix in (".parquet", ".csv")]
+
+
+def test_what_an_earlier_run_left_in_the_folder_is_not_logged(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    for name in ("cv.json", "loso.json", "shortcuts.json"):
+        (folder / name).write_text("of an earlier run", encoding="utf-8")
+        os.utime(folder / name, (0, 0))
+    logged = _logged(track_run(folder))
+    names = {path.name for path in (logged / "artifacts" / "run").iterdir()}
+    assert "run.json" in names
+    assert not {"cv.json", "loso.json", "shortcuts.json"} & names
 
 
 def test_each_run_is_a_new_version_of_the_registered_model(

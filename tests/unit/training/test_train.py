@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from cxr_training.export import export
 from cxr_training.head_settings import RbfSettings
 from cxr_training.model import sample_weights
 from cxr_training.recipes import Recipe, candidates
-from cxr_training.runs import Run, load_run
+from cxr_training.runs import Run, load_run, save_run
 from cxr_training.train import evaluate, predict_proba, train
 
 
@@ -166,6 +167,25 @@ def test_weights_that_changed_since_training_are_refused(
     torch.save(network.state_dict(), file)
     with pytest.raises(TrainingError, match="no longer the one"):
         predict_proba(run, frame.head(1))
+
+
+def test_nothing_of_an_earlier_run_stays_in_its_folder(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    save_run(replace(run, trained={"weight": torch.zeros(1)}), folder)
+    assert {"guards.npz", "backbone.pt"} <= {file.name for file in folder.iterdir()}
+    save_run(replace(run, guards=None), folder)
+    assert not {"guards.npz", "backbone.pt"} & {file.name for file in folder.iterdir()}
+    assert load_run(folder).guards is None
+
+
+def test_guards_are_ignored_where_the_recipe_has_none(run: Run, tmp_path: Path) -> None:
+    recipe = run.record.settings.recipe.model_copy(update={"guards": None})
+    settings = run.record.settings.model_copy(update={"recipe": recipe})
+    bare = replace(run, record=run.record.model_copy(update={"settings": settings}))
+    save_run(bare, tmp_path / "run")
+    # As a retraining of before left it.
+    assert (tmp_path / "run" / "guards.npz").is_file()
+    assert load_run(tmp_path / "run").guards is None
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,6 +14,7 @@ from cxr.config import load_config
 from cxr_training import cli
 from cxr_training.data import write_manifest
 from cxr_training.recipes import Recipe
+from cxr_training.runs import Run
 
 
 @pytest.fixture
@@ -116,3 +118,19 @@ def test_help_is_quick_and_shows_an_example() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout.count("Example: cxr") == 4
+
+
+@pytest.mark.parametrize(("temperature", "told"), [(20.0, True), (1.0, False)])
+def test_a_temperature_at_its_bound_is_told(
+    run: Run, temperature: float, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = run.record.head.model_copy(update={"temperature": temperature})
+    cli._warn_temperature(replace(run, record=run.record.model_copy(update={"head": head})))
+    assert ("ended at its bound, 20" in capsys.readouterr().out) == told
+
+
+def test_a_split_is_called_by_patient_only_where_each_is_known(frame: pd.DataFrame) -> None:
+    unknown = frame.assign(patient=frame["patient"].where(frame.index > 0, None))
+    assert cli._unit(frame) == "patient"
+    assert cli._unit(unknown) == "group"
+    assert cli._unit(frame, "random") == cli._unit(unknown, "random") == "image"

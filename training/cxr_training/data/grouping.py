@@ -76,16 +76,36 @@ def assign_groups(
         does not depend on the order of the rows.
     """
     rows = len(frame)
+    # Copies of one file are linked by its bytes; compared by hash, their pairs would be many.
+    once = np.flatnonzero(~frame["sha256"].duplicated())
+    near_left, near_right = near_duplicates(frame["dhash"].iloc[once])
     parts = [
         _same_value(frame["patient"], first_node=rows),
         _same_value(frame["sha256"], first_node=2 * rows),
-        near_duplicates(frame["dhash"]),
+        (once[near_left], once[near_right]),
     ]
     left, right = (np.concatenate(nodes) for nodes in zip(*parts, strict=True))
     graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(3 * rows, 3 * rows))
     _, component = connected_components(graph, directed=False)
-    smallest = frame["sha256"].groupby(component[:rows]).transform("min")
-    return smallest.str[:_GROUP_DIGITS].rename("group")
+    return _named(frame["sha256"], component[:rows])
+
+
+def rename_groups(frame: pd.DataFrame) -> "pd.Series[str]":
+    """Ids of the same groups, of what is left in them.
+
+    Args:
+        frame: columns `sha256`, `group`.
+
+    Returns:
+        As :func:`assign_groups`; an id depends on no image that has been left out since.
+    """
+    return _named(frame["sha256"], frame["group"])
+
+
+def _named(
+    sha256: "pd.Series[str]", groups: "pd.Series[str] | npt.NDArray[np.int32]"
+) -> "pd.Series[str]":
+    return sha256.groupby(groups).transform("min").str[:_GROUP_DIGITS].rename("group")
 
 
 def _same_value(column: "pd.Series[str]", first_node: int) -> Edges:

@@ -15,7 +15,12 @@ from tqdm import tqdm
 from cxr.decode import decode
 from cxr.errors import BadImageError, Rejection
 from cxr_training.data.errors import DataError
-from cxr_training.data.grouping import NearDuplicates, assign_groups, near_duplicates
+from cxr_training.data.grouping import (
+    NearDuplicates,
+    assign_groups,
+    near_duplicates,
+    rename_groups,
+)
 from cxr_training.data.labels import DEFAULT_TASK, find_task
 from cxr_training.data.readers import (
     NOT_A_RADIOGRAPH,
@@ -83,7 +88,7 @@ def build_manifest(
 
     Images that cannot be decoded are left out and counted. Of byte-identical images within a
     source, the first by path stays; if their findings differ, none does. Groups are found among
-    all images, then those that the task has no class for are left out.
+    all images, before copies and those that the task has no class for are left out.
 
     Args:
         folders: one folder for each data set.
@@ -149,11 +154,13 @@ def assemble_manifest(
         if not usable:
             raise DataError(f"{folder} holds no image that can be used.")
         rows += usable
-    frame = _without_duplicates(pd.DataFrame(rows).sort_values(["source", "path"]), excluded)
+    frame = pd.DataFrame(rows).sort_values(["source", "path"])
+    # Of all: a copy that is left out may be what shows that two patients are one.
+    frame["group"] = assign_groups(frame, near_duplicates)
+    frame = _without_duplicates(frame, excluded)
     if frame.empty:
         raise DataError("No image is left: all have copies with another finding.")
-    frame = frame.reset_index(drop=True)
-    frame["group"] = assign_groups(frame, near_duplicates)
+    frame = frame.assign(group=rename_groups(frame)).reset_index(drop=True)
     report = relabel(frame.assign(label=""), task)
     excluded.update(report.excluded)
     counts = dict(sorted(excluded.items()))
@@ -290,12 +297,17 @@ def read_manifest(path: Path) -> pd.DataFrame:
     return validate_manifest(frame)
 
 
-def manifest_digest(frame: pd.DataFrame) -> str:
+def manifest_digest(frame: pd.DataFrame, *, splits: bool = False) -> str:
     """SHA-256 over what the manifest says about the images, in hexadecimal.
 
     It covers file hash, label, source, patient and group, and depends neither on where the files
     lie nor on the order of the rows.
+
+    Args:
+        frame: a manifest.
+        splits: cover each image's split, too.
     """
-    table = frame[_DIGEST_COLUMNS].fillna("").sort_values(_DIGEST_COLUMNS)
+    columns = [*_DIGEST_COLUMNS, *(["split"] if splits else [])]
+    table = frame[columns].fillna("").sort_values(columns)
     text = table.to_json(orient="values", force_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -40,7 +40,7 @@ from cxr_training.faithfulness import Drop, deletion_drops
 from cxr_training.features import extract_features
 from cxr_training.folds import CV_FILE, LOSO_FILE, FoldSummary, read_folds
 from cxr_training.published import PublishedFigure, published_on
-from cxr_training.runs import Run, load_run
+from cxr_training.runs import Run, is_current, load_run
 from cxr_training.shortcuts import ShortcutAudit, audit_shortcuts, source_readability
 from cxr_training.train import predict_proba
 
@@ -163,7 +163,7 @@ def collect(
     """Compute what the report of a run shows.
 
     Args:
-        folder: the run folder; `cv.json` and `loso.json` in it are read.
+        folder: the run folder; `cv.json` and `loso.json` in it are read, if they are no older.
         cache: folder for extracted features; `None` keeps none.
         examples: wrongly, and as many rightly classified test images to show, most certain first.
         audit: make the shortcut audit; it asks the model about each test image three times.
@@ -179,7 +179,7 @@ def collect(
     probabilities = predict_proba(run, test, cache=cache)
     names = validation["label"].to_numpy(dtype=str)
     temperature = float(run.record.head.model_dump().get("temperature", 1.0))
-    calibrated = temperature != 1.0
+    calibrated = run.record.settings.recipe.calibration != "none"
     uncalibrated = apply_temperature(probabilities, 1 / temperature)
     if not calibrated:
         temperature = fit_temperature(on_validation, names, labels)
@@ -222,8 +222,8 @@ def collect(
             )
             for sensitivity in SENSITIVITIES
         },
-        folds=read_folds(folder / CV_FILE),
-        sources_out=read_folds(folder / LOSO_FILE),
+        folds=_folds(folder / CV_FILE),
+        sources_out=_folds(folder / LOSO_FILE),
         audit=audit_run(run, cache=cache) if audit else None,
         published=published_on(set(run.frame["source"])),
         examples=shown,
@@ -265,6 +265,10 @@ def parameters(run: Run) -> dict[str, str]:
     for section in ("settings", "head"):
         _flatten(section, record[section], chosen)
     return {name.split(".", 1)[1]: value for name, value in chosen.items()}
+
+
+def _folds(file: Path) -> tuple[FoldSummary, ...]:
+    return read_folds(file) if is_current(file) else ()
 
 
 def _leaks(frame: pd.DataFrame, seed: int) -> LeakAudit | None:

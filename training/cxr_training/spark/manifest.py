@@ -1,7 +1,7 @@
 """The manifest as a Spark job: decoding, hashing and comparing on executors.
 
 What is cheap stays on the driver, in the functions of the single-machine path: listing the files,
-leaving out byte-identical copies, naming the groups. That takes a few hundred bytes for each image.
+naming the groups, leaving out byte-identical copies. That takes a few hundred bytes for each image.
 """
 
 from collections.abc import Iterator, Sequence
