@@ -47,10 +47,12 @@ _ROUNDING = 1e-5
 _STRENGTH = 1e-3
 # The distance of another hospital's images is not known; what is known is stretched by this.
 _ALLOWANCE = 1.1
-# Whatever the validation images are like, this much is let pass: an even chance; half the input's
-# side; a third of the range of grey values; four fifths of the picture.
+# Whatever the validation images are like, this much is let pass: an even chance, less where other
+# pictures are of more kinds than those that could be fitted on (`bench/guards.py`); half the
+# input's side; a third of the range of grey values; four fifths of the picture.
 _LEAST = {
     **dict.fromkeys(DETECTORS, 0.5),
+    Rejection.NOT_RADIOGRAPH: 0.3,
     Rejection.TOO_SMALL: 2.0,
     Rejection.TOO_DARK: 0.67,
     Rejection.CLIPPED: 0.8,
