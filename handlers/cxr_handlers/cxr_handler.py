@@ -84,17 +84,17 @@ class CxrHandler:
             if on_board := _header(headers[0], BOARD_HEADER):
                 return [self._answer_board(OnBoard.from_json(on_board), self._board)]
         options = [_options(one) for one in headers]
+        texts = []
         try:
             answers = self.engine.predict([_body(row) for row in rows], options)
+            for index, answer in enumerate(answers):
+                if isinstance(answer, BadImageError):
+                    context.set_response_status(code=answer.reason.http_status, idx=index)
+                context.set_response_content_type(index, "application/json")
+                texts.append(answer_to_json(answer))
         except Exception as error:
             self._failed(error)
             raise
-        texts = []
-        for index, answer in enumerate(answers):
-            if isinstance(answer, BadImageError):
-                context.set_response_status(code=answer.reason.http_status, idx=index)
-            context.set_response_content_type(index, "application/json")
-            texts.append(answer_to_json(answer))
         return texts
 
     def _answer_board(self, given: OnBoard, board: mmap.mmap) -> str:

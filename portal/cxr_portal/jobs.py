@@ -102,11 +102,20 @@ class JobRunner:
                 self._asking[place] = task
                 task.add_done_callback(partial(self._ended, place))
             if self._deleted and (not self._asking or time.monotonic() > scrubbed + _SCRUB):
+                scrubbed = time.monotonic()
                 with _database_may_fail():
-                    scrubbed, self._deleted = time.monotonic(), False
-                    await asyncio.to_thread(self._store.scrub)
+                    await self._scrub()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _POLL)
+
+    async def _scrub(self) -> None:
+        # Before: an image that is deleted meanwhile asks for another time.
+        self._deleted = False
+        try:
+            await asyncio.to_thread(self._store.scrub)
+        except SQLAlchemyError:
+            self._deleted = True
+            raise
 
     def _ended(self, place: tuple[str, int], task: asyncio.Task[None]) -> None:  # noqa: ARG002
         self._asking.pop(place, None)

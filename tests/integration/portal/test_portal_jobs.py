@@ -1,5 +1,7 @@
 """Jobs: images that are answered in the background, whatever happens to the gateway."""
 
+import asyncio
+import contextlib
 import csv
 import io
 import json
@@ -10,14 +12,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import psycopg
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from cxr_client.schemas import RefusedImage
-from cxr_portal.store import Store, TooManyJobsError
+from cxr_portal import jobs
+from cxr_portal.jobs import JobRunner
+from cxr_portal.settings import Settings
+from cxr_portal.store import Claim, Store, TooManyJobsError
 from integration.portal.test_portal_api import BRIGHT, GOOD, answered_by, assert_problem
 from support.archives import Files, before_each_batch, edited_archive
 from support.bundles import LABELS, encoded_image
@@ -247,6 +253,32 @@ class TestPrivacy:
                 time.sleep(0.1)
             assert b"patient-0" not in kept, "file names are not kept at all"
 
+    def test_a_log_that_cannot_be_emptied_is_tried_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class FullForAMoment:
+            """A database with nothing to do."""
+
+            scrubs = 0
+
+            def claim(self, worker: str, limit: int) -> list[Claim]:  # noqa: ARG002
+                return []
+
+            def scrub(self) -> None:
+                self.scrubs += 1
+                if self.scrubs == 1:
+                    raise OperationalError("PRAGMA", None, OSError())
+
+        async def work(store: Any) -> None:
+            runner = JobRunner(Settings(), store, cast("Any", None), cast("Any", None))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(runner._work(), 0.5)
+
+        monkeypatch.setattr(jobs, "_POLL", 0.01)
+        store = FullForAMoment()
+        asyncio.run(work(store))
+        assert store.scrubs == 2
+
     def test_jobs_are_deleted_when_they_expire(self, model: Server) -> None:
         hour = 3 / 3600
         options = (f"--server={model.grpc}", f"--retention-hours={hour}")
@@ -359,7 +391,8 @@ if b"deadly" in bodies[0]:
         with portal(*started) as running, running.http() as http:
             job = submit(http, GOOD + b"deadly", GOOD)
             while http.get(f"{JOBS}/{job['id']}").json()["state"] != "done":
-                with serving(archive, *options, free_ports=False) as server:
+                # It may be ended as soon as it is ready.
+                with serving(archive, *options, wait=False, free_ports=False) as server:
                     deadline = time.monotonic() + 60
                     while server.process.poll() is None:
                         assert time.monotonic() < deadline, "nobody asks the model"
