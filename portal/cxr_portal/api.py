@@ -260,14 +260,13 @@ async def submit(
     settings = gateway.settings
     if not settings.job_workers:
         raise ProblemError(503, "no-jobs", "This gateway does not offer jobs.")
-    mine: list[Job] = await in_database(gateway.store.jobs, principal.id)
     too_many = ProblemError(
         HTTPStatus.TOO_MANY_REQUESTS,
         "too-many-jobs",
         f"At most {settings.max_active_jobs} jobs can be unfinished; wait, or cancel one.",
         headers={"Retry-After": "10"},
     )
-    if sum(not job.finished for job in mine) >= settings.max_active_jobs:
+    if await in_database(gateway.store.unfinished, principal.id) >= settings.max_active_jobs:
         # Before the files are read; an idempotency key is of no use here.
         raise too_many
     async with _files(request, gateway, limit=settings.max_job_images) as upload:

@@ -26,7 +26,7 @@ from cxr_portal.model import (
     RefusedError,
     UnknownClassError,
 )
-from cxr_portal.problems import ProblemError, unavailable
+from cxr_portal.problems import ProblemError, busy, unavailable
 from cxr_portal.settings import Settings
 from cxr_portal.store import IdempotencyError, Store
 
@@ -117,7 +117,7 @@ class Gateway:
     @contextmanager
     def _flight(self, images: int) -> Iterator[None]:
         if self.in_flight + images > self.settings.max_in_flight:
-            raise unavailable("busy", "The gateway is busy; try again later.")
+            raise busy()
         self.in_flight += images
         self.metrics.in_flight.set(self.in_flight)
         try:

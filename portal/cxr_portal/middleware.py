@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cxr import context
 from cxr_portal.metrics import Metrics
 from cxr_portal.model import Caller
-from cxr_portal.problems import ProblemError
+from cxr_portal.problems import ProblemError, busy
 from cxr_portal.settings import Settings
 
 if TYPE_CHECKING:
@@ -167,12 +167,7 @@ class RequestMiddleware:
             if scope["state"]["received"] > self._limit(scope):
                 raise self._too_large(scope)
             if self._held > self._settings.max_held_bytes:
-                raise ProblemError(
-                    HTTPStatus.SERVICE_UNAVAILABLE,
-                    "busy",
-                    "The gateway is busy; try again later.",
-                    headers={"Retry-After": "1", "Connection": "close"},
-                )
+                raise busy(close=True)
             return message
 
         return limited

@@ -54,6 +54,18 @@ class ProblemError(Exception):
         )
 
 
+def busy(*, close: bool = False) -> ProblemError:
+    """503: too much is asked for at once.
+
+    Args:
+        close: the connection, where the rest of the request is left unread.
+    """
+    problem = unavailable("busy", "The gateway is busy; try again later.")
+    if close:
+        problem.headers = {**problem.headers, "Connection": "close"}
+    return problem
+
+
 def unavailable(kind: str, detail: str, retry_after: float = 1.0) -> ProblemError:
     """503: the same request may succeed later."""
     headers = {"Retry-After": str(max(1, round(retry_after)))}

@@ -445,7 +445,7 @@ class Store:
                 # Requests that come together must see each other's jobs; SQLite has one writer.
                 lock = sa.func.pg_advisory_xact_lock(_SETUP_LOCK, sa.func.hashtext(owner))
                 session.execute(sa.select(lock))
-            if sum(not job.finished for job in _jobs(session, _Job.owner == owner)) >= max_active:
+            if _unfinished(session, owner) >= max_active:
                 raise TooManyJobsError
             session.add(
                 _Job(
@@ -467,6 +467,11 @@ class Store:
                 row.answer = job_id
             (job,) = _jobs(session, _Job.id == job_id)
         return job
+
+    def unfinished(self, owner: str) -> int:
+        """How many jobs of that owner are not finished."""
+        with self._session() as session:
+            return _unfinished(session, owner)
 
     def job(self, owner: str, job_id: str) -> Job | None:
         """A job of that owner."""
@@ -746,6 +751,10 @@ def _lock(session: Session, owner: str, job_id: str) -> _Job | None:
 def _count(result: Any) -> int:
     count: int = result.rowcount
     return count
+
+
+def _unfinished(session: Session, owner: str) -> int:
+    return sum(not job.finished for job in _jobs(session, _Job.owner == owner))
 
 
 def _jobs(session: Session, *where: sa.ColumnElement[bool]) -> list[Job]:

@@ -136,7 +136,7 @@ seccompProfile: {type: RuntimeDefault}
 {{/* A way out to URLs: dict "urls" LIST "ports" LIST (without any: the URLs' own) "peers" LIST (without any: every
      address). */}}
 {{- define "cxr.egressTo" -}}
-{{- $ports := .ports -}}
+{{- $ports := .ports | default (list) -}}
 {{- if not $ports -}}
 {{- range .urls -}}
 {{- $url := urlParse . -}}
